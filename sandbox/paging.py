@@ -1,0 +1,382 @@
+"""Linear to physical addresses: the page walk, and page tables that the machine builds itself.
+
+Walks follow SDM Vol. 3, chapter 4: 32-bit, PAE and 4-level paging, with permissions, reserved
+bits, SMEP and SMAP, and the accessed and dirty flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from sandbox.cpu import GP, PF_, Fault, is_canonical
+from sandbox.memory import PAGE_MASK, PAGE_SIZE, PhysicalMemory, Slot
+from sandbox.registers import AC
+
+PRESENT, WRITE, USER, ACCESSED, DIRTY, LARGE, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
+
+CR0_WP, CR0_PG = 1 << 16, 1 << 31
+CR4_PSE, CR4_PAE, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 20, 1 << 21
+EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
+
+ERROR_PRESENT, ERROR_WRITE, ERROR_USER, ERROR_RESERVED, ERROR_FETCH = 1, 2, 4, 8, 16
+
+_ADDRESS = 0x000F_FFFF_FFFF_F000
+_LOW_32 = 0xFFFF_FFFF
+
+
+class ControlState(Protocol):
+    """The registers that decide how an address is translated."""
+
+    def read(self, name: str) -> int: ...
+    @property
+    def cpl(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """A kind of access: its bits of the #PF error code."""
+
+    write: bool = False
+    fetch: bool = False
+    implicit: bool = False
+    """A supervisor access whatever the CPL: descriptor tables, stacks of event delivery."""
+
+
+READ = Access()
+WRITE_ACCESS = Access(write=True)
+FETCH = Access(fetch=True)
+SYSTEM_READ = Access(implicit=True)
+SYSTEM_WRITE = Access(write=True, implicit=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """One level of a walk: which address bits index it, and what a large page there covers."""
+
+    shift: int
+    bits: int
+    large: bool
+
+
+_FOUR_LEVEL = (_Level(39, 9, False), _Level(30, 9, True), _Level(21, 9, True), _Level(12, 9, False))
+_PAE = (_Level(30, 2, False), _Level(21, 9, True), _Level(12, 9, False))
+_TWO_LEVEL = (_Level(22, 10, True), _Level(12, 10, False))
+
+
+class Walker:
+    """Translates linear addresses under the control registers of one vCPU."""
+
+    def __init__(self, control: ControlState, memory: PhysicalMemory) -> None:
+        self._control = control
+        self._memory = memory
+
+    def translate(self, address: int, access: Access) -> int:
+        """Physical address of linear ``address``; raises the :class:`Fault` of a forbidden one."""
+        read = self._control.read
+        cr0, cr4, efer = read("cr0"), read("cr4"), read("efer")
+        if not cr0 & CR0_PG:
+            return address & _LOW_32
+        user = self._control.cpl == 3 and not access.implicit
+        error = (
+            (ERROR_WRITE if access.write else 0)
+            | (ERROR_USER if user else 0)
+            | (ERROR_FETCH if access.fetch and (efer & EFER_NXE or cr4 & CR4_SMEP) else 0)
+        )
+        if efer & EFER_LMA:
+            if not is_canonical(address):
+                raise Fault(GP, 0)
+            levels = _FOUR_LEVEL
+        else:
+            levels = _PAE if cr4 & CR4_PAE else _TWO_LEVEL
+        entries, offset_bits = self._walk(levels, address, cr4, efer, error)
+        self._check(entries, address, access, user, error)
+        self._mark(entries, access)
+        last = entries[-1][1]
+        mask = (1 << offset_bits) - 1
+        return (last & _ADDRESS & ~mask) | (address & mask)
+
+    def _walk(
+        self, levels: tuple[_Level, ...], address: int, cr4: int, efer: int, error: int
+    ) -> tuple[list[tuple[int, int, int]], int]:
+        """Entries passed, as (physical address, value, size), and the page's offset bits."""
+        size = 4 if levels is _TWO_LEVEL else 8
+        pae_root = levels is _PAE
+        table = self._control.read("cr3") & (0xFFFF_FFE0 if pae_root else _ADDRESS)
+        entries: list[tuple[int, int, int]] = []
+        for level in levels:
+            index = address >> level.shift & ((1 << level.bits) - 1)
+            where = table + index * size
+            value = int.from_bytes(self._memory.read(where, size), "little")
+            if not value & PRESENT:
+                raise Fault(PF_, error, address)
+            pointer = pae_root and level is levels[0]  # a PDPTE has no permission bits
+            if value & NX and not pointer and size == 8 and not efer & EFER_NXE:
+                raise Fault(PF_, error | ERROR_PRESENT | ERROR_RESERVED, address)
+            if pointer:
+                value |= WRITE | USER | ACCESSED
+            entries.append((where, value, 0 if pointer else size))
+            if level.large and value & LARGE and (size == 8 or cr4 & CR4_PSE):
+                if size == 8 and value & ((1 << level.shift) - 1) & ~0x1FFF & _ADDRESS:
+                    raise Fault(PF_, error | ERROR_PRESENT | ERROR_RESERVED, address)
+                return entries, level.shift
+            table = value & _ADDRESS
+        return entries, 12
+
+    def _check(
+        self,
+        entries: list[tuple[int, int, int]],
+        address: int,
+        access: Access,
+        user: bool,
+        error: int,
+    ) -> None:
+        allowed = WRITE | USER
+        no_execute = 0
+        for _where, value, _size in entries:
+            allowed &= value
+            no_execute |= value & NX
+        read = self._control.read
+        cr4 = read("cr4")
+        bad = bool(access.fetch and no_execute)
+        if user:
+            bad |= not allowed & USER or (access.write and not allowed & WRITE)
+        else:
+            bad |= bool(access.write and not allowed & WRITE and read("cr0") & CR0_WP)
+            if allowed & USER:
+                bad |= bool(access.fetch and cr4 & CR4_SMEP)
+                if cr4 & CR4_SMAP and not access.fetch:
+                    bad |= access.implicit or not read("rflags") & AC
+        if bad:
+            raise Fault(PF_, error | ERROR_PRESENT, address)
+
+    def _mark(self, entries: list[tuple[int, int, int]], access: Access) -> None:
+        for where, value, size in entries:
+            marked = value | ACCESSED
+            if access.write and where == entries[-1][0]:
+                marked |= DIRTY
+            if size and marked != value:
+                self._memory.write(where, marked.to_bytes(size, "little"))
+
+
+class PagedMemory:
+    """A :class:`sandbox.cpu.VirtualMemory`: memory as the running code sees it.
+
+    Translations are cached per page until :meth:`flush`; a write to a page that holds translated
+    code or lies in no slot takes the slow way, where the code is invalidated or MMIO happens.
+    """
+
+    def __init__(self, walker: Walker, physical: PhysicalMemory, *, implicit: bool = False) -> None:
+        self._walker = walker
+        self._physical = physical
+        self._accesses = (
+            (SYSTEM_READ, SYSTEM_WRITE, FETCH) if implicit else (READ, WRITE_ACCESS, FETCH)
+        )
+        self._readable: dict[int, tuple[Slot, int]] = {}
+        self._writable: dict[int, tuple[Slot, int]] = {}
+
+    def flush(self) -> None:
+        """Forget all translations."""
+        self._readable.clear()
+        self._writable.clear()
+
+    def flush_writable(self) -> None:
+        """Forget which pages may be written directly (a page became a code page)."""
+        self._writable.clear()
+
+    def read(self, address: int, size: int) -> bytes:
+        at = address & PAGE_MASK
+        if at + size <= PAGE_SIZE:
+            found = self._readable.get(address >> 12)
+            if found is not None:
+                at += found[1]
+                return found[0].host[at : at + size]
+        return b"".join(self._read_parts(address, size, self._accesses[0]))
+
+    def fetch(self, address: int, size: int) -> bytes:
+        """Read for execution: execute permission, no caching."""
+        return b"".join(self._read_parts(address, size, self._accesses[2]))
+
+    def _read_parts(self, address: int, size: int, access: Access) -> list[bytes]:
+        spans = [
+            (self._translate(part, access), n) for part, n in _page_parts(address, size)
+        ]  # all translated first: a fault comes before any MMIO
+        if access.fetch is False:
+            self._remember(self._readable, address, spans[0][0])
+        return [self._physical.read(physical, n) for physical, n in spans]
+
+    def check_write(self, address: int, size: int) -> None:
+        for part, _n in _page_parts(address, size):
+            self._translate(part, self._accesses[1])
+
+    def write(self, address: int, data: bytes) -> None:
+        at = address & PAGE_MASK
+        size = len(data)
+        if at + size <= PAGE_SIZE:
+            found = self._writable.get(address >> 12)
+            if found is not None:
+                at += found[1]
+                found[0].host[at : at + size] = data
+                return
+        spans = [
+            (self._translate(part, self._accesses[1]), n) for part, n in _page_parts(address, size)
+        ]
+        if spans[0][0] >> 12 not in self._physical.code_pages:
+            self._remember(self._writable, address, spans[0][0])
+        done = 0
+        for physical, n in spans:
+            self._physical.write(physical, data[done : done + n])
+            done += n
+
+    def _translate(self, address: int, access: Access) -> int:
+        return self._walker.translate(address, access)
+
+    def _remember(self, cache: dict[int, tuple[Slot, int]], address: int, physical: int) -> None:
+        slot = self._physical.find(physical)
+        page = physical & ~PAGE_MASK
+        if slot is not None and not (slot.readonly and cache is self._writable):
+            cache[address >> 12] = (slot, page - slot.base)
+
+
+def _page_parts(address: int, size: int) -> list[tuple[int, int]]:
+    parts = []
+    while size > 0:
+        n = min(size, PAGE_SIZE - (address & PAGE_MASK))
+        parts.append((address, n))
+        address = (address + n) & 0xFFFF_FFFF_FFFF_FFFF
+        size -= n
+    return parts
+
+
+class FrameAllocator:
+    """Hands out zero-filled page frames of one range of guest RAM."""
+
+    def __init__(self, memory: PhysicalMemory, base: int, size: int) -> None:
+        self._memory = memory
+        self._next = base
+        self._end = base + size
+        self._free: list[tuple[int, int]] = []
+
+    def allocate(self, size: int) -> int:
+        """``size`` bytes (rounded up to pages), physically contiguous, zero-filled."""
+        size = (size + PAGE_MASK) & ~PAGE_MASK
+        for at, (base, room) in enumerate(self._free):
+            if room >= size:
+                if room == size:
+                    del self._free[at]
+                else:
+                    self._free[at] = (base + size, room - size)
+                self._zero(base, size)
+                return base
+        if self._next + size > self._end:
+            raise MemoryError(f"guest RAM is exhausted: {size:#x} bytes asked for")
+        base = self._next
+        self._next += size
+        return base
+
+    def free(self, physical: int, size: int) -> None:
+        """Give frames back; neighbours are merged."""
+        size = (size + PAGE_MASK) & ~PAGE_MASK
+        spans = sorted([*self._free, (physical, size)])
+        merged = [spans[0]]
+        for base, room in spans[1:]:
+            last_base, last_room = merged[-1]
+            if last_base + last_room == base:
+                merged[-1] = (last_base, last_room + room)
+            else:
+                merged.append((base, room))
+        self._free = merged
+
+    def _zero(self, base: int, size: int) -> None:
+        chunk = bytes(min(size, 1 << 20))
+        for at in range(0, size, len(chunk)):
+            self._memory.load(base + at, chunk[: size - at])
+
+
+class AddressSpace:
+    """4-level page tables that the machine builds in guest memory; the guest cannot see them.
+
+    ``on_change`` is called when a mapping that may be cached was changed or taken away.
+    """
+
+    def __init__(
+        self, memory: PhysicalMemory, frames: FrameAllocator, on_change: Callable[[], None]
+    ) -> None:
+        self._memory = memory
+        self._frames = frames
+        self._on_change = on_change
+        self._tables: dict[tuple[int, int], int] = {}
+        self.root = frames.allocate(PAGE_SIZE)
+        """Physical address of the PML4: what goes into CR3."""
+
+    def map(
+        self,
+        virtual: int,
+        physical: int,
+        size: int,
+        *,
+        write: bool,
+        execute: bool,
+        user: bool = True,
+    ) -> None:
+        """Map pages; ``size`` is rounded up. What was mapped there before is replaced."""
+        flags = PRESENT | (WRITE if write else 0) | (USER if user else 0)
+        flags |= 0 if execute else NX
+        replaced = False
+        entry = physical | flags
+        for page in range(virtual, virtual + size, PAGE_SIZE):
+            replaced |= self._set(page, entry)
+            entry += PAGE_SIZE
+        if replaced:
+            self._on_change()
+
+    def unmap(self, virtual: int, size: int) -> None:
+        """Take pages away; those not mapped are passed over."""
+        for page in range(virtual, virtual + size, PAGE_SIZE):
+            if self._leaf(page) is not None:
+                self._set(page, 0)
+        self._on_change()
+
+    def protect(self, virtual: int, size: int, *, write: bool, execute: bool) -> None:
+        """Change the permissions of the pages that are mapped."""
+        flags = (WRITE if write else 0) | (0 if execute else NX)
+        for page in range(virtual, virtual + size, PAGE_SIZE):
+            entry = self._entry(page)
+            if entry & PRESENT:
+                self._set(page, (entry & ~(WRITE | NX)) | flags)
+        self._on_change()
+
+    def _set(self, page: int, entry: int) -> bool:
+        """Write one page table entry; True if one was present before."""
+        table = self._table(page)
+        where = table + (page >> 12 & 511) * 8
+        before = self._memory.read(where, 8)[0] & PRESENT
+        self._memory.load(where, entry.to_bytes(8, "little"))
+        return bool(before)
+
+    def _leaf(self, page: int) -> int | None:
+        return self._tables.get((1, page >> 21))
+
+    def _entry(self, page: int) -> int:
+        table = self._leaf(page)
+        if table is None:
+            return 0
+        return int.from_bytes(self._memory.read(table + (page >> 12 & 511) * 8, 8), "little")
+
+    def _table(self, page: int) -> int:
+        """The page table for ``page``, made with its parents if it is new."""
+        found = self._leaf(page)
+        if found is not None:
+            return found
+        table = self.root
+        for level, shift in ((3, 39), (2, 30), (1, 21)):
+            key = (level, page >> shift)
+            child = self._tables.get(key)
+            if child is None:
+                child = self._tables[key] = self._frames.allocate(PAGE_SIZE)
+                entry = child | PRESENT | WRITE | USER
+                where = table + (page >> shift & 511) * 8
+                self._memory.load(where, entry.to_bytes(8, "little"))
+            table = child
+        return table
