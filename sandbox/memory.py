@@ -133,7 +133,8 @@ class PhysicalMemory:
             )
         if base < 0 or base + size > 1 << PHYSICAL_BITS:
             raise MemoryMapError(f"{where}: outside the {PHYSICAL_BITS}-bit physical space")
-        for other in (*self.slots, *self.devices):
+        taken: list[Slot | DeviceRange] = [*self.slots, *self.devices]
+        for other in taken:
             if base < other.end and other.base < base + size:
                 kind = "memory slot" if isinstance(other, Slot) else "device range"
                 raise MemoryMapError(

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from sandbox.cpu import GP, PF_, Fault, is_canonical
 from sandbox.memory import PAGE_MASK, PAGE_SIZE, PhysicalMemory, Slot
 from sandbox.registers import AC
@@ -24,6 +27,7 @@ ERROR_PRESENT, ERROR_WRITE, ERROR_USER, ERROR_RESERVED, ERROR_FETCH = 1, 2, 4, 8
 
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 _LOW_32 = 0xFFFF_FFFF
+_Entries = npt.NDArray[np.uint64]
 
 
 class ControlState(Protocol):
@@ -87,7 +91,7 @@ class Walker:
         if efer & EFER_LMA:
             if not is_canonical(address):
                 raise Fault(GP, 0)
-            levels = _FOUR_LEVEL
+            levels: tuple[_Level, ...] = _FOUR_LEVEL
         else:
             levels = _PAE if cr4 & CR4_PAE else _TWO_LEVEL
         entries, offset_bits = self._walk(levels, address, cr4, efer, error)
@@ -239,6 +243,10 @@ class PagedMemory:
             cache[address >> 12] = (slot, page - slot.base)
 
 
+def _entry_run(first: int, count: int) -> _Entries:
+    return np.arange(count, dtype="u8") * np.uint64(PAGE_SIZE) + np.uint64(first)
+
+
 def _page_parts(address: int, size: int) -> list[tuple[int, int]]:
     parts = []
     while size > 0:
@@ -324,49 +332,56 @@ class AddressSpace:
         flags = PRESENT | (WRITE if write else 0) | (USER if user else 0)
         flags |= 0 if execute else NX
         replaced = False
-        entry = physical | flags
-        for page in range(virtual, virtual + size, PAGE_SIZE):
-            replaced |= self._set(page, entry)
-            entry += PAGE_SIZE
+        pages = (size + PAGE_MASK) >> 12
+        page, entry = virtual, physical | flags
+        while pages > 0:
+            count = min(pages, 512 - (page >> 12 & 511))
+            replaced |= self._set(page, _entry_run(entry, count))
+            pages -= count
+            page += count * PAGE_SIZE
+            entry += count * PAGE_SIZE
         if replaced:
             self._on_change()
 
     def unmap(self, virtual: int, size: int) -> None:
         """Take pages away; those not mapped are passed over."""
-        for page in range(virtual, virtual + size, PAGE_SIZE):
-            if self._leaf(page) is not None:
-                self._set(page, 0)
-        self._on_change()
+        self._update(virtual, size, lambda entries: entries * 0)
 
     def protect(self, virtual: int, size: int, *, write: bool, execute: bool) -> None:
         """Change the permissions of the pages that are mapped."""
-        flags = (WRITE if write else 0) | (0 if execute else NX)
-        for page in range(virtual, virtual + size, PAGE_SIZE):
-            entry = self._entry(page)
-            if entry & PRESENT:
-                self._set(page, (entry & ~(WRITE | NX)) | flags)
+        flags = np.uint64((WRITE if write else 0) | (0 if execute else NX))
+        keep = np.uint64(~(WRITE | NX) & 0xFFFF_FFFF_FFFF_FFFF)
+        self._update(virtual, size, lambda entries: (entries & keep) | flags)
+
+    def _update(self, virtual: int, size: int, change: Callable[[_Entries], _Entries]) -> None:
+        """Rewrite the entries that are present in a range."""
+        end = virtual + size
+        page = virtual
+        while page < end:
+            after = min(end, (page | 0x1F_FFFF) + 1)
+            table = self._tables.get((1, page >> 21))
+            if table is not None:
+                count = (after - page + PAGE_MASK) >> 12
+                old = self._entries(table, page, count)
+                new = np.where(old & np.uint64(PRESENT), change(old), old)
+                self._memory.load(table + (page >> 12 & 511) * 8, new.tobytes())
+            page = after
         self._on_change()
 
-    def _set(self, page: int, entry: int) -> bool:
-        """Write one page table entry; True if one was present before."""
+    def _set(self, page: int, entries: _Entries) -> bool:
+        """Write entries of one page table; True if one was present before."""
         table = self._table(page)
-        where = table + (page >> 12 & 511) * 8
-        before = self._memory.read(where, 8)[0] & PRESENT
-        self._memory.load(where, entry.to_bytes(8, "little"))
-        return bool(before)
+        before = self._entries(table, page, len(entries))
+        self._memory.load(table + (page >> 12 & 511) * 8, entries.tobytes())
+        return bool(np.any(before & np.uint64(PRESENT)))
 
-    def _leaf(self, page: int) -> int | None:
-        return self._tables.get((1, page >> 21))
-
-    def _entry(self, page: int) -> int:
-        table = self._leaf(page)
-        if table is None:
-            return 0
-        return int.from_bytes(self._memory.read(table + (page >> 12 & 511) * 8, 8), "little")
+    def _entries(self, table: int, page: int, count: int) -> _Entries:
+        data = self._memory.read(table + (page >> 12 & 511) * 8, count * 8)
+        return np.frombuffer(data, dtype="<u8")
 
     def _table(self, page: int) -> int:
         """The page table for ``page``, made with its parents if it is new."""
-        found = self._leaf(page)
+        found = self._tables.get((1, page >> 21))
         if found is not None:
             return found
         table = self.root
