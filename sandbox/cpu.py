@@ -147,6 +147,11 @@ def bind_address(cpu: Cpu, insn: Insn, displacement: int = 0) -> Callable[[], in
     operand). Raises #SS(0) for a non-canonical address in the stack segment; other non-canonical
     addresses are the memory access's own #GP.
     """
+    return _bind_segment(cpu, insn, bind_offset(cpu, insn, displacement))
+
+
+def bind_offset(cpu: Cpu, insn: Insn, displacement: int = 0) -> Callable[[], int]:
+    """As :func:`bind_address`, but the effective address: the offset within the segment."""
     iced = insn.iced
     base, index, scale = iced.memory_base, iced.memory_index, iced.memory_index_scale
     fixed = iced.memory_displacement + displacement
@@ -162,8 +167,7 @@ def bind_address(cpu: Cpu, insn: Insn, displacement: int = 0) -> Callable[[], in
         width = {2: 16, 4: 32, 8: 64}.get(iced.memory_displ_size, insn.bitness)
         if iced.memory_displ_size in (0, 1):
             width = insn.bitness
-    offset = _bind_offset(cpu, base, index, scale, fixed, (1 << width) - 1)
-    return _bind_segment(cpu, insn, offset)
+    return _bind_offset(cpu, base, index, scale, fixed, (1 << width) - 1)
 
 
 def _bind_offset(
