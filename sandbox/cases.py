@@ -1,0 +1,295 @@
+"""Random and special machine states for differential tests, shaped to an instruction.
+
+Vector registers hold what the instruction is likely to stumble over: special integers, shift
+counts, NaNs (quiet and signalling), infinities, zeros, denormals, values at the edges of
+conversions. Memory operands land in the test memory of :mod:`sandbox.native`: aligned, misaligned,
+at its very end, and, if faults are wanted, across it or on the read-only page.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from iced_x86 import InstructionInfoFactory, MemorySizeInfo, Register, RegisterInfo
+
+from sandbox.decode import Insn
+from sandbox.native import DATA, END, READONLY, REGION, REGION_SIZE, State
+from sandbox.registers import DF, RCX
+
+_SPECIAL_INTS = (0, 1, 2, 3, 0x1F, 0x20, 0x3F, 0x40, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF,
+                 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 63) - 1, (1 << 64) - 1,
+                 (1 << 64) - 0x80, (1 << 64) - 0x8000, 0x0123456789ABCDEF)  # fmt: skip
+
+_POOL = 2048
+_FLOATS = {"f2": (10, 5), "f4": (23, 8), "f8": (52, 11)}
+"""Mantissa and exponent bits."""
+
+_SUFFIX = re.compile(r"([ps])([hsd])(?:_|$|[0-9])")
+_FLOAT_OF = {"h": "f2", "s": "f4", "d": "f8"}
+_FLOAT_NAMES = re.compile(r"^v?(add|sub|mul|div|sqrt|min|max|f?n?m?(add|sub)|cmp|u?comi|round|dp|"
+                          r"hadd|hsub|cvt|rcp|rsqrt|range|reduce|get|scalef|fixup|fm|fnm|fpclass|"
+                          r"rndscale|exp2|fc)")  # fmt: skip
+_BIT_STRINGS = frozenset(("bt", "bts", "btr", "btc"))
+_GPR_NUMBER = {
+    getattr(Register, name): number
+    for number, name in enumerate(
+        "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
+    )
+}
+
+
+def float_type(insn: Insn) -> str | None:
+    """Lane type ``f2 f4 f8`` if the instruction computes with floats, by its name; else None."""
+    name = insn.mnemonic
+    found = _SUFFIX.search(name)
+    if not found or not _FLOAT_NAMES.match(name):
+        return None
+    return _FLOAT_OF[found.group(2)]
+
+
+def _special_floats(kind: str) -> list[int]:
+    mantissa, exponent = _FLOATS[kind]
+    bias = (1 << exponent - 1) - 1
+    top = (1 << exponent) - 1
+
+    def bits(e: int, m: int) -> int:
+        return e << mantissa | m
+
+    positive = [
+        bits(0, 0), bits(0, 1), bits(0, (1 << mantissa) - 1), bits(0, 1 << mantissa - 1),
+        bits(1, 0), bits(1, 1), bits(top - 1, (1 << mantissa) - 1), bits(top, 0),
+        bits(top, 1), bits(top, 0x155), bits(top, 1 << mantissa - 1),
+        bits(top, 1 << mantissa - 1 | 0x2A), bits(top, (1 << mantissa) - 1),
+        bits(bias, 0), bits(bias, 1), bits(bias - 1, 0), bits(bias - 1, (1 << mantissa) - 1),
+        bits(bias + 1, 1 << mantissa - 2), bits(bias, 1 << mantissa - 1), bits(bias - 1, 1),
+    ]  # fmt: skip
+    for edge in (7, 8, 15, 16, 31, 32, 63, 64, 52, 23):  # where conversions begin to overflow
+        if bias + edge < top:
+            positive += [bits(bias + edge, 0), bits(bias + edge - 1, (1 << mantissa) - 1)]
+    return positive + [v | 1 << mantissa + exponent for v in positive]
+
+
+def _float_pool(kind: str, rng: np.random.Generator) -> npt.NDArray[Any]:
+    mantissa, exponent = _FLOATS[kind]
+    size = 1 + mantissa + exponent
+    unsigned = np.dtype(f"u{size // 8}")
+    shape = (_POOL, 512 // size)
+    bias = (1 << exponent - 1) - 1
+    raw = rng.integers(0, 1 << 64, shape, np.uint64) & np.uint64((1 << size) - 1)
+    fraction = raw & np.uint64((1 << mantissa) - 1)
+    sign = raw & np.uint64(1 << size - 1)
+    near = rng.integers(bias - 4, bias + 5, shape).astype(np.uint64) << np.uint64(mantissa)
+    special = rng.choice(np.array(_special_floats(kind), np.uint64), shape)
+    # products and quotients at the edge of the range
+    edges = rng.choice(np.array([1, 2, bias // 2, bias + bias // 2, 2 * bias], np.uint64), shape)
+    extreme = sign | fraction | edges << np.uint64(mantissa)
+    row_kind = rng.integers(0, 8, (_POOL, 1))
+    some = rng.integers(0, 4, shape) == 0
+    normal = sign | fraction | near
+    mixed = np.where(some, special, normal)
+    pool = np.select(
+        [row_kind < 2, row_kind < 5, row_kind == 5, row_kind == 6],
+        [normal, mixed, special, np.where(some, special, extreme)],
+        raw,
+    )
+    rows: npt.NDArray[Any] = pool.astype(unsigned).view("u1").reshape(_POOL, 64)
+    return rows
+
+
+def _int_pool(rng: np.random.Generator) -> npt.NDArray[Any]:
+    rows = []
+    for size in (1, 2, 4, 8):
+        shape = (_POOL // 4, 64 // size)
+        limit = np.uint64((1 << 8 * size) - 1)
+        raw = rng.integers(0, 1 << 64, shape, np.uint64)
+        special = rng.choice(np.array(_SPECIAL_INTS, np.uint64), shape)
+        small = rng.integers(0, 8 * size + 2, shape, np.uint64)
+        row_kind = rng.integers(0, 6, (shape[0], 1))
+        some = rng.integers(0, 3, shape) == 0
+        lanes = np.select(
+            [row_kind < 2, row_kind == 2, row_kind == 3, row_kind == 4],
+            [raw, np.where(some, special, raw), special, small],
+            raw[:, :1],
+        )
+        rows.append((lanes & limit).astype(f"u{size}").view("u1").reshape(-1, 64))
+    return np.concatenate(rows)
+
+
+@lru_cache(maxsize=8)
+def _pool(kind: str) -> npt.NDArray[Any]:
+    """``_POOL`` register contents, shape (n, 64) of bytes: ``u`` integers, or floats."""
+    rng = np.random.default_rng(len(kind) * 1000 + ord(kind[-1]))
+    return _int_pool(rng) if kind == "u" else _float_pool(kind, rng)
+
+
+def _mixed_pool(insn: Insn) -> npt.NDArray[Any]:
+    lane = float_type(insn)
+    if lane is None:
+        parts = [_pool("u")] * 4 + [_pool("f4"), _pool("f8")]
+    elif "cvt" in insn.mnemonic:
+        parts = [_pool(lane)] * 2 + [_pool("u"), _pool("f4"), _pool("f8"), _pool("f2")]
+    else:
+        parts = [_pool(lane)] * 5 + [_pool("u")]
+    return np.concatenate(parts)
+
+
+class Cases:
+    """A source of states for one instruction. The same seed gives the same states.
+
+    ``faults``: some memory operands lie where they fault. ``mxcsr``: values to choose from
+    instead of random rounding modes, FTZ, DAZ, flags, and (for float instructions) masks.
+    """
+
+    def __init__(
+        self, insn: Insn, seed: int = 0, faults: bool = True, mxcsr: Sequence[int] | None = None
+    ) -> None:
+        self.insn = insn
+        self.faults = faults
+        self.mxcsr = mxcsr
+        self.rng = random.Random(f"{insn.raw.hex()} {seed}")
+        self._numbers = np.random.default_rng(self.rng.getrandbits(64))
+        self._pool = _mixed_pool(insn)
+        self._noise = self.rng.randbytes(REGION_SIZE)
+        self._memory = list(InstructionInfoFactory().info(insn.iced).used_memory())
+        self._x87 = any(f.startswith(("FPU", "MMX", "D3NOW")) for f in insn.features)
+        self._float = float_type(insn) is not None
+
+    def take(self, count: int) -> list[State]:
+        return [self.state() for _ in range(count)]
+
+    def state(self) -> State:
+        rng = self.rng
+        vectors = self._vectors()
+        state = State(
+            gpr=[self._integer() for _ in range(16)],
+            rflags=0x202 | rng.getrandbits(12) & 0x8D5,
+            mxcsr=self._control(),
+            opmask=[self._mask() for _ in range(8)],
+            memory=self._noise,
+        )
+        if self.insn.iced.is_string_instruction:
+            state.rflags |= DF * (rng.random() < 0.3)
+            state.gpr[RCX] = rng.randrange(12)
+        if self._x87:
+            self._fill_x87(state)
+        self._bit_string(state)
+        for used in self._memory:
+            self._place(state, vectors, used)
+        state.vectors = vectors.tobytes()
+        return state
+
+    def _integer(self) -> int:
+        kind = self.rng.randrange(8)
+        if kind < 3:
+            return self.rng.getrandbits(64)
+        if kind == 3:
+            return self.rng.getrandbits(self.rng.randrange(65))
+        if kind == 4:
+            return self.rng.randrange(256)
+        return self.rng.choice(_SPECIAL_INTS)
+
+    def _mask(self) -> int:
+        return self.rng.choice((self.rng.getrandbits(64), self.rng.getrandbits(64), 0, 2**64 - 1))
+
+    def _control(self) -> int:
+        rng = self.rng
+        if self.mxcsr is not None:
+            return rng.choice(self.mxcsr)
+        value = 0x1F80 | rng.randrange(4) << 13 | (rng.getrandbits(6) & rng.getrandbits(6))
+        if rng.random() < 0.3:
+            value |= rng.choice((0x40, 0x8000, 0x8040))
+        if self._float and rng.random() < 0.15:
+            value &= ~(rng.getrandbits(6) << 7)
+        return value
+
+    def _vectors(self) -> npt.NDArray[Any]:
+        """Shape (32, 64), bytes; in a third of the cases some lanes are equal between registers."""
+        chosen = self._pool[self._numbers.integers(0, len(self._pool), 32)]
+        if self.rng.random() < 0.33:
+            lane = self.rng.choice((1, 2, 4, 8, 16, 64))
+            equal = self._numbers.integers(0, 2, 64 // lane, bool).repeat(lane)
+            chosen = np.where(equal, chosen[self.rng.randrange(32)], chosen)
+        return chosen
+
+    def _fill_x87(self, state: State) -> None:
+        rng = self.rng
+        for number in range(8):
+            exponent = rng.choice((0, 0x7FFF, 0x3FFF, rng.randrange(1, 0x7FFF), 0x3FFF + 20))
+            fraction = rng.choice((0, 1 << 62, rng.getrandbits(63)))
+            integer_bit = exponent != 0
+            state.st[number] = rng.getrandbits(1) << 79 | exponent << 64 | integer_bit << 63
+            state.st[number] |= fraction
+        state.fpcw = 0x37F & ~0xC00 | rng.randrange(4) << 10
+        state.fpsw = rng.randrange(8) << 11 | rng.getrandbits(4) << 8
+        state.fptag = 0
+
+    def _bit_string(self, state: State) -> None:
+        iced = self.insn.iced
+        if self.insn.mnemonic in _BIT_STRINGS and self._memory and iced.op_count == 2:
+            number = _full_gpr(iced.op1_register)
+            if number is not None:
+                state.gpr[number] = self.rng.randrange(-1024, 1024) & (1 << 64) - 1
+
+    def _target(self, size: int) -> int:
+        """An address for an operand of ``size`` bytes."""
+        rng, place = self.rng, self.rng.random()
+        if place < 0.55:
+            return rng.randrange(DATA + 0x1000, DATA + 0x3000, 64)
+        if place < 0.75:
+            return rng.randrange(DATA + 0x1000, DATA + 0x3000)
+        if place < 0.82 or not self.faults:
+            return END - size
+        if place < 0.88:
+            return END - rng.randrange(size)
+        if place < 0.93:
+            return rng.randrange(READONLY.start, READONLY.stop, 64)
+        if place < 0.96:
+            return DATA - rng.randrange(size)
+        if place < 0.99:
+            return REGION - rng.randrange(1, size + 1)
+        return 0x8000_0000_0000_0000
+
+    def _place(self, state: State, vectors: npt.NDArray[Any], used: Any) -> None:
+        """Set the address registers of one memory operand, and mostly the bytes there."""
+        size = max(MemorySizeInfo(used.memory_size).size, 1)
+        base, offset = _full_gpr(used.base), used.displacement
+        if used.vsib_size:
+            target = DATA + 0x1800
+            self._place_indices(vectors, used)
+        else:
+            target = self._target(size)
+            index = _full_gpr(used.index)
+            if index is not None:
+                state.gpr[index] = self.rng.randrange(-16, 16) & (1 << 64) - 1
+                if RegisterInfo(used.index).size < 8:
+                    state.gpr[index] &= 0xF
+                offset += state.gpr[index] * used.scale
+        if base is not None:
+            state.gpr[base] = target - offset & (1 << 64) - 1
+        if not REGION <= target <= END - size or self.rng.random() < 0.1:
+            return
+        if self.rng.random() < 0.2:
+            content = b"".join(v.to_bytes(8, "little") for v in (state.gpr[0], state.gpr[2])) * 4
+        else:
+            content = self._pool[self.rng.randrange(len(self._pool))].tobytes()
+        state.store(target, content[:size])
+
+    def _place_indices(self, vectors: npt.NDArray[Any], used: Any) -> None:
+        """Small indices for a gather or scatter; sometimes one that leads out of the memory."""
+        number = RegisterInfo(used.index).number
+        lanes = vectors[number].view(f"i{used.vsib_size}")
+        lanes[:] = self._numbers.integers(-200, 200, len(lanes))
+        if self.faults and self.rng.random() < 0.15:
+            lanes[self.rng.randrange(len(lanes))] = 0x4000
+
+
+def _full_gpr(register: Any) -> int | None:
+    if register == Register.NONE:
+        return None
+    return _GPR_NUMBER.get(RegisterInfo(register).full_register)

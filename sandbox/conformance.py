@@ -1,0 +1,292 @@
+"""Compare what emulates instructions with the host CPU, instruction by instruction.
+
+A :class:`Subject` runs one instruction on a :class:`~sandbox.native.State`, as
+:class:`~sandbox.native.NativeCpu` does; :func:`difference` says in what the two outcomes differ;
+:func:`check` does it for many states of one instruction, :func:`sweep` for all encodings of forms.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from iced_x86 import InstructionInfoFactory, Register, RegisterExt, RegisterInfo, RflagsBits
+
+from sandbox.cases import Cases
+from sandbox.cpu import PF_, Fault
+from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, Insn
+from sandbox.encodings import all_forms, encodings, info_of
+from sandbox.native import REGION, NativeCpu, Result, State, missing_features
+from sandbox.registers import AF, CF, DF, GPR_NAMES, OF, PF, SF, ZF
+
+STATUS = CF | PF | AF | ZF | SF | OF
+FLAG_NAMES = {CF: "CF", PF: "PF", AF: "AF", ZF: "ZF", SF: "SF", DF: "DF", OF: "OF"}
+_ICED_FLAGS = {
+    RflagsBits.CF: CF,
+    RflagsBits.PF: PF,
+    RflagsBits.AF: AF,
+    RflagsBits.ZF: ZF,
+    RflagsBits.SF: SF,
+    RflagsBits.OF: OF,
+}
+_ERROR_BITS = 0x13  # of #PF: present, write, fetch; the user bit depends on where one runs
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a subject made of an instruction: a state, and a fault if there was one."""
+
+    state: State
+    fault: Fault | None = None
+
+
+class Subject(Protocol):
+    """Something that emulates instructions."""
+
+    def accepts(self, insn: Insn) -> bool:
+        """Whether it emulates this instruction at all."""
+        ...
+
+    def run(self, insn: Insn, state: State) -> Outcome:
+        """Emulate ``insn``, which stands at ``native.CODE``, on a copy of ``state``."""
+        ...
+
+
+@lru_cache(maxsize=4096)
+def defined_flags(insn: Insn) -> int:
+    """Status flags and DF, less what the manual leaves undefined after this form."""
+    mask = STATUS | DF
+    undefined = insn.iced.rflags_undefined
+    for theirs, ours in _ICED_FLAGS.items():
+        if undefined & theirs:
+            mask &= ~ours
+    return mask
+
+
+@lru_cache(maxsize=4096)
+def _is_interruptible(insn: Insn) -> bool:
+    """Whether a fault may leave a part of the work done: gathers, scatters, repeated strings."""
+    return insn.iced.is_vsib or insn.iced.is_string_instruction
+
+
+def difference(insn: Insn, native: Result, subject: Outcome, flags: int) -> str | None:
+    """The first difference in a line of text, or None. ``flags``: RFLAGS bits to compare."""
+    if native.crashed:
+        return "the native worker crashed"
+    fault = _fault_difference(native, subject)
+    if fault or (native.fault and _is_interruptible(insn)):
+        return fault
+    return _state_difference(insn, native.state, subject.state, flags)
+
+
+def _fault_difference(native: Result, subject: Outcome) -> str | None:
+    want, got = native.fault, subject.fault
+    if want is None or got is None:
+        if want is None and got is None:
+            return None
+        return f"fault: native {want}, subject {got!r}"
+    same = want.vector == got.vector
+    if same and want.vector == PF_:
+        error = (got.error_code or 0) & _ERROR_BITS == want.error_code & _ERROR_BITS
+        page = (got.address or 0) >> 12 == (want.address or 0) >> 12
+        same = error and page
+    elif same and got.error_code is not None:
+        same = want.error_code == got.error_code
+    return None if same else f"fault: native {want}, subject {got!r}"
+
+
+def _state_difference(insn: Insn, want: State, got: State, flags: int) -> str | None:
+    for name, a, b in zip(GPR_NAMES, want.gpr, got.gpr, strict=True):
+        if a != b:
+            return f"{name}: native {a:#x}, subject {b:#x}"
+    for bit, name in FLAG_NAMES.items():
+        if (want.rflags ^ got.rflags) & flags & bit:
+            return (
+                f"{name}: native {int(want.rflags & bit > 0)}, subject {int(got.rflags & bit > 0)}"
+            )
+    if want.vectors != got.vectors:
+        found = _vector_difference(want.vectors, got.vectors)
+        if found:
+            return found
+    for number, (a, b) in enumerate(zip(want.opmask, got.opmask, strict=True)):
+        if a != b and _has_avx512():
+            return f"k{number}: native {a:#x}, subject {b:#x}"
+    if want.mxcsr != got.mxcsr:
+        return f"mxcsr: native {want.mxcsr:#x}, subject {got.mxcsr:#x}"
+    if want.memory != got.memory:
+        return _memory_difference(want.memory, got.memory)
+    if _uses_x87(insn):
+        for name in ("fpsw", "fpcw", "fptag", "st"):
+            a, b = getattr(want, name), getattr(got, name)
+            if a != b:
+                return f"{name}: native {_hex(a)}, subject {_hex(b)}"
+    return None
+
+
+def _hex(value: int | list[int]) -> str:
+    return " ".join(f"{v:#x}" for v in (value if isinstance(value, list) else [value]))
+
+
+@lru_cache(maxsize=1)
+def _has_avx512() -> bool:
+    return NativeCpu.shared().xcr0 & 0xE0 == 0xE0
+
+
+@lru_cache(maxsize=4096)
+def _uses_x87(insn: Insn) -> bool:
+    return any(f.startswith(("FPU", "MMX", "D3NOW")) for f in insn.features)
+
+
+def _vector_difference(want: bytes, got: bytes) -> str | None:
+    a = np.frombuffer(want, "u1").reshape(32, 64)
+    b = np.frombuffer(got, "u1").reshape(32, 64)
+    if not _has_avx512():  # the host cannot tell what lies above
+        a, b = a[:16, :32], b[:16, :32]
+    rows = np.flatnonzero((a != b).any(axis=1))
+    if not len(rows):
+        return None
+    row = int(rows[0])
+    byte = int(np.flatnonzero(a[row] != b[row])[0])
+    native, subject = _lanes(a[row].tobytes()), _lanes(b[row].tobytes())
+    return f"zmm{row} byte {byte}:\n    native  {native}\n    subject {subject}"
+
+
+def _memory_difference(want: bytes, got: bytes) -> str:
+    at = next(i for i in range(len(want)) if want[i] != got[i])
+    low = at & ~15
+    native, subject = want[low : low + 64].hex(" ", 4), got[low : low + 64].hex(" ", 4)
+    return f"memory {REGION + at:#x}:\n    native  {native}\n    subject {subject}"
+
+
+def _lanes(data: bytes) -> str:
+    """32-bit lanes, lane 0 first; zero lanes at the end are left out."""
+    lanes = [f"{int.from_bytes(data[i : i + 4], 'little'):08x}" for i in range(0, len(data), 4)]
+    while len(lanes) > 4 and lanes[-1] == "00000000":
+        lanes.pop()
+    return " ".join(lanes)
+
+
+def describe(insn: Insn, state: State) -> str:
+    """The registers and memory that ``insn`` uses, as they stand in ``state``."""
+    info = InstructionInfoFactory().info(insn.iced)
+    lines, seen = [f"  {insn.text() or insn.iced}    [{insn.raw.hex(' ')}]"], set()
+    for used in info.used_registers():
+        full = RegisterInfo(used.register).full_register
+        if full in seen:
+            continue
+        seen.add(full)
+        register = RegisterInfo(full)
+        if RegisterExt.is_gpr(full):
+            lines.append(f"  {GPR_NAMES[register.number]} = {state.gpr[register.number]:#x}")
+        elif RegisterExt.is_vector_register(full):
+            lines.append(f"  zmm{register.number} = {_lanes(state.vector(register.number))}")
+        elif Register.K0 <= full <= Register.K7:
+            lines.append(f"  k{register.number} = {state.opmask[register.number]:#x}")
+    if info.used_memory():
+        lines += _describe_memory(insn, state)
+    if _uses_x87(insn):
+        lines.append(f"  st = {_hex(state.st)}  fpsw = {state.fpsw:#x}  fpcw = {state.fpcw:#x}")
+    lines.append(f"  rflags = {state.rflags:#x}  mxcsr = {state.mxcsr:#x}")
+    return "\n".join(lines)
+
+
+def _describe_memory(insn: Insn, state: State) -> Iterator[str]:
+    for used in InstructionInfoFactory().info(insn.iced).used_memory():
+        if used.vsib_size:
+            continue
+        address = used.displacement
+        for register, scale in ((used.base, 1), (used.index, used.scale)):
+            if RegisterExt.is_gpr(register):
+                number = RegisterInfo(RegisterInfo(register).full_register).number
+                address += state.gpr[number] * scale
+        address &= (1 << 64) - 1
+        at = address - REGION
+        if -64 < at < len(state.memory):
+            data = state.memory[max(at, 0) : max(at, 0) + 64]
+            yield f"  [{address:#x}] = {_lanes(data)}"
+        else:
+            yield f"  [{address:#x}] is not mapped"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """How often a form was tried, how often it differed, and the first difference in full."""
+
+    form: str
+    cases: int = 0
+    differences: int = 0
+    first: str = ""
+    skipped: str = ""
+    seconds: float = 0.0
+    declined: set[str] = field(default_factory=set)
+    """Encodings of the form that the subject does not emulate, as hex."""
+
+
+def check(
+    subject: Subject,
+    insn: Insn,
+    states: Sequence[State],
+    flags: int | None = None,
+    verdict: Verdict | None = None,
+) -> Verdict:
+    """Run one instruction on all states, natively and by the subject; add up in ``verdict``."""
+    verdict = verdict or Verdict(insn.form)
+    mask = defined_flags(insn) if flags is None else flags
+    results = NativeCpu.shared().run_batch([(insn.raw, state) for state in states])
+    for state, native in zip(states, results, strict=True):
+        try:
+            found = difference(insn, native, subject.run(insn, state), mask)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found = f"the subject raised {type(error).__name__}: {error}"
+        verdict.cases += 1
+        if found:
+            verdict.differences += 1
+            verdict.first = verdict.first or f"{found}\n{describe(insn, state)}"
+    return verdict
+
+
+def sweep(
+    subject: Subject,
+    forms: Iterable[int],
+    cases: int = 32,
+    seed: int = 0,
+    faults: bool = True,
+    mxcsr: Sequence[int] | None = None,
+) -> Iterator[Verdict]:
+    """A verdict for each form: all its :func:`~sandbox.encodings.encodings` on random states."""
+    for code in forms:
+        verdict = Verdict(FORM_NAMES[code])
+        started = time.perf_counter()
+        for insn in encodings(code):
+            missing = missing_features(insn)
+            if missing:
+                verdict.skipped = f"the host has no {', '.join(missing)}"
+                break
+            if not subject.accepts(insn):
+                verdict.declined.add(insn.raw.hex())
+                continue
+            states = Cases(insn, seed, faults, mxcsr).take(cases)
+            check(subject, insn, states, verdict=verdict)
+        verdict.seconds = time.perf_counter() - started
+        yield verdict
+
+
+def forms_with(*features: str) -> list[int]:
+    """All 64-bit forms that need one of these CPUID features and no others beyond them."""
+    wanted = set(features)
+    return [c for c in all_forms() if (f := set(_features(c))) and f <= wanted]
+
+
+def _features(code: int) -> tuple[str, ...]:
+    for insn in encodings(code):
+        return insn.features
+    return ()
+
+
+def mnemonic_of(code: int) -> str:
+    """Mnemonic of a form."""
+    return MNEMONIC_NAMES[info_of(code).mnemonic]
