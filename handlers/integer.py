@@ -1,0 +1,242 @@
+"""General-purpose operands bound to a vCPU, and operations declared as pure functions.
+
+A family file says *what* is computed, ``compute(bits, *sources)``; the decoder says which forms
+exist; :class:`Operation` joins the two when an instruction is bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from iced_x86 import MemorySizeExt, OpKind, Register
+
+from handlers.flags import MASK
+from sandbox.cpu import bind_address
+from sandbox.handler import Action, Handler
+
+if TYPE_CHECKING:
+    from sandbox.cpu import Cpu
+    from sandbox.decode import Insn
+
+Read = Callable[[], int]
+Write = Callable[[int], None]
+
+
+def _register_places() -> dict[int, tuple[int, int, int]]:
+    names = {
+        (64, 0): "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15",
+        (32, 0): "EAX ECX EDX EBX ESP EBP ESI EDI R8D R9D R10D R11D R12D R13D R14D R15D",
+        (16, 0): "AX CX DX BX SP BP SI DI R8W R9W R10W R11W R12W R13W R14W R15W",
+        (8, 0): "AL CL DL BL SPL BPL SIL DIL R8L R9L R10L R11L R12L R13L R14L R15L",
+        (8, 8): "AH CH DH BH",
+    }
+    return {
+        getattr(Register, name): (number, bits, shift)
+        for (bits, shift), row in names.items()
+        for number, name in enumerate(row.split())
+    }
+
+
+REGISTERS = _register_places()
+"""iced-x86 register to (number in ``cpu.gpr``, width in bits, first bit)."""
+
+_IMMEDIATE_BITS = {
+    OpKind.IMMEDIATE8: 8,
+    OpKind.IMMEDIATE8_2ND: 8,
+    OpKind.IMMEDIATE16: 16,
+    OpKind.IMMEDIATE32: 32,
+    OpKind.IMMEDIATE64: 64,
+    OpKind.IMMEDIATE8TO16: 16,
+    OpKind.IMMEDIATE8TO32: 32,
+    OpKind.IMMEDIATE8TO64: 64,
+    OpKind.IMMEDIATE32TO64: 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One operand of one instruction on one vCPU; values are unsigned, within ``bits``.
+
+    ``modify`` reads a value that will be written back: for memory it faults as the write would
+    (SDM Vol. 3, 4.7: a read-modify-write reports W/R = 1). ``write`` cuts its value to ``bits``;
+    a 32-bit register is zero-extended, narrower ones keep the rest (SDM Vol. 1, 3.4.1.1).
+    """
+
+    bits: int
+    read: Read
+    write: Write
+    modify: Read
+
+
+def bind_operand(cpu: Cpu, insn: Insn, number: int) -> Operand | None:
+    """Operand ``number``, or None if it is not a general register, memory or an immediate."""
+    iced = insn.iced
+    kind = iced.op_kind(number)
+    if kind == OpKind.REGISTER:
+        return bind_register(cpu, iced.op_register(number))
+    if kind == OpKind.MEMORY:
+        size = MemorySizeExt.size(iced.memory_size)
+        return bind_memory(cpu, bind_address(cpu, insn), size) if size else None
+    if kind in _IMMEDIATE_BITS:
+        return _bind_immediate(iced.immediate(number), _IMMEDIATE_BITS[kind])
+    return None
+
+
+def bind_register(cpu: Cpu, register: int) -> Operand | None:
+    """A general register as operand, or None if ``register`` is none."""
+    if register not in REGISTERS:
+        return None
+    number, bits, shift = REGISTERS[register]
+    gpr, mask = cpu.gpr, MASK[bits]
+    keep = MASK[64] & ~(mask << shift)
+
+    def read_wide() -> int:
+        return gpr[number]
+
+    def read_low() -> int:
+        return gpr[number] & mask
+
+    def read_high() -> int:
+        return gpr[number] >> 8 & 0xFF
+
+    def write_wide(value: int) -> None:
+        gpr[number] = value & mask
+
+    def write_part(value: int) -> None:
+        gpr[number] = gpr[number] & keep | (value & mask) << shift
+
+    read = read_high if shift else read_wide if bits == 64 else read_low
+    return Operand(bits, read, write_wide if bits >= 32 else write_part, read)
+
+
+def bind_memory(cpu: Cpu, address: Read, size: int) -> Operand:
+    """``size`` bytes at the linear address that ``address()`` gives, little-endian."""
+    load, store, check, mask = cpu.read, cpu.write, cpu.check_write, (1 << 8 * size) - 1
+
+    def read() -> int:
+        return int.from_bytes(load(address(), size), "little")
+
+    def write(value: int) -> None:
+        store(address(), (value & mask).to_bytes(size, "little"))
+
+    def modify() -> int:
+        at = address()
+        check(at, size)
+        return int.from_bytes(load(at, size), "little")
+
+    return Operand(8 * size, read, write, modify)
+
+
+def _bind_immediate(value: int, bits: int) -> Operand:
+    value &= MASK[bits]
+
+    def write(_value: int) -> None:
+        raise TypeError("an immediate operand cannot be written")
+
+    return Operand(bits, lambda: value, write, lambda: value)
+
+
+def bind_operands(cpu: Cpu, insn: Insn, count: int) -> list[Operand] | None:
+    """All operands of an instruction that has ``count`` of them, or None if one is foreign."""
+    if insn.iced.op_count != count:
+        return None
+    bound = [bind_operand(cpu, insn, number) for number in range(count)]
+    operands = [operand for operand in bound if operand is not None]
+    return operands if len(operands) == count else None
+
+
+class Operation(Handler):
+    """``destination = compute(bits, *sources)``, the shape of most instructions.
+
+    ``operands`` has a letter for each explicit operand in the decoder's order: ``r`` is read,
+    ``w`` written, ``m`` modified (read and written). ``bits`` is the width of operand ``measure``.
+    ``compute`` gets the operands that are read and, if ``takes_flags``, RFLAGS at the end.
+    If ``flags`` (the RFLAGS bits it defines) is not 0 it returns ``(result, flags)``.
+    """
+
+    restartable = True
+
+    def __init__(
+        self,
+        mnemonic: str,
+        operands: str,
+        compute: Callable[..., Any],
+        flags: int = 0,
+        *,
+        takes_flags: bool = False,
+        measure: int = 0,
+    ) -> None:
+        self.name = f"{compute.__module__}.{mnemonic}"
+        self.mnemonics = (mnemonic,)
+        self.operands = operands
+        self.compute = compute
+        self.flags = flags
+        self.takes_flags = takes_flags
+        self.measure = measure
+
+    def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
+        bound = bind_operands(cpu, insn, len(self.operands))
+        if bound is None:
+            return None
+        bits = bound[self.measure].bits
+        pairs = list(zip(bound, self.operands, strict=True))
+        sources = [o.modify if letter == "m" else o.read for o, letter in pairs if letter != "w"]
+        written = [o.write for o, letter in pairs if letter != "r"]
+        if self.takes_flags:
+            sources.append(bind_rflags(cpu))
+        evaluate = _bind_evaluation(self.compute, bits, sources)
+        if not self.flags:
+            return _bind_plain_action(evaluate, written[0])
+        if not written:
+            return _bind_test_action(cpu, evaluate, self.flags)
+        return _bind_flag_action(cpu, evaluate, written[0], self.flags)
+
+
+def bind_rflags(cpu: Cpu) -> Read:
+    """A reader of RFLAGS."""
+    read = cpu.registers.bank.read
+    return lambda: read("rflags")
+
+
+def _bind_evaluation(
+    compute: Callable[..., Any], bits: int, sources: list[Read]
+) -> Callable[[], Any]:
+    if len(sources) == 1:
+        (a,) = sources
+        return lambda: compute(bits, a())
+    if len(sources) == 2:
+        a, b = sources
+        return lambda: compute(bits, a(), b())
+    a, b, *more = sources
+    return lambda: compute(bits, a(), b(), *[source() for source in more])
+
+
+def _bind_plain_action(evaluate: Callable[[], int], write: Write) -> Action:
+    def action() -> None:
+        write(evaluate())
+
+    return action
+
+
+def _bind_test_action(cpu: Cpu, evaluate: Callable[[], tuple[int, int]], flags: int) -> Action:
+    bank, keep = cpu.registers.bank, ~flags
+
+    def action() -> None:
+        bank.write("rflags", bank.read("rflags") & keep | evaluate()[1])
+
+    return action
+
+
+def _bind_flag_action(
+    cpu: Cpu, evaluate: Callable[[], tuple[int, int]], write: Write, flags: int
+) -> Action:
+    bank, keep = cpu.registers.bank, ~flags
+
+    def action() -> None:
+        result, defined = evaluate()
+        write(result)
+        bank.write("rflags", bank.read("rflags") & keep | defined)
+
+    return action
