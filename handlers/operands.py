@@ -32,6 +32,9 @@ _REGISTER_OR_MEMORY = frozenset(
 )
 _IMMEDIATES = frozenset((OpKind.IMMEDIATE8, OpKind.IMMEDIATE8_2ND))
 
+_READS_ALL = frozenset(("insertps", "vinsertps"))
+"""Forms that look at a whole register where they would load but a part from memory."""
+
 ALIGNED_MOVES = frozenset(
     f"{v}mov{name}" for v in ("", "v") for name in "aps apd dqa ntps ntpd ntdq ntdqa".split()
 )
@@ -99,14 +102,16 @@ class Form:
         """The place of the memory operand, if there is one."""
         self.imm = 0
         """The immediate byte (not the register number in bits 7:4 of a ``/is4`` form)."""
+        self.has_immediate = False
         self.memory_size: int = MemorySizeInfo(op_code.memory_size).size
         for i in range(iced.op_count):
             kind = iced.op_kind(i)
             if kind in _IMMEDIATES:
-                self.imm = iced.immediate(i) & 0xFF
+                self.imm, self.has_immediate = iced.immediate(i) & 0xFF, True
             elif kind == OpKind.REGISTER:
                 declared = op_code.op_kind(i)
-                limit = self.memory_size if declared in _REGISTER_OR_MEMORY else 0
+                narrow = declared in _REGISTER_OR_MEMORY and insn.mnemonic not in _READS_ALL
+                limit = self.memory_size if narrow else 0
                 self.places.append(self._register(iced.op_register(i), limit))
             elif kind == OpKind.MEMORY and not iced.is_vsib:
                 self.memory = scratch(VECTOR_BYTES, self.memory_size)

@@ -320,12 +320,13 @@ def _storing(form: Form, guard: Step, compute: Step, staged: memoryview) -> Acti
     return action
 
 
-def _applied(function: Callable[..., Any]) -> Plan:
-    """A plan that calls ``function(*sources, out)``."""
+def applied(function: Callable[..., Any]) -> Plan:
+    """The plan that calls ``function(*sources, out)``."""
     return lambda form, *views: partial(function, *views)
 
 
-def _any_form(form: Form) -> bool:
+def any_form(form: Form) -> bool:
+    """All forms (for ``accepts``)."""
     return True
 
 
@@ -333,19 +334,19 @@ def lanewise(
     names: str, signature: str, function: Callable[..., Any], *, staged: bool = False
 ) -> Operation:
     """Declare an operation on corresponding lanes: ``function(*sources, out)``."""
-    return _declare(names, signature, _applied(function), Extent.LANEWISE, staged)
+    return _declare(names, signature, applied(function), Extent.LANEWISE, staged)
 
 
 def scalar(
     names: str, signature: str, function: Callable[..., Any], *, staged: bool = False
 ) -> Operation:
     """Declare an operation on lane 0; the views have shape (1,)."""
-    return _declare(names, signature, _applied(function), Extent.SCALAR, staged)
+    return _declare(names, signature, applied(function), Extent.SCALAR, staged)
 
 
 def whole(names: str, signature: str, function: Callable[..., Any]) -> Operation:
     """Declare an operation on entire operands; ``out`` is a buffer of its own."""
-    return _declare(names, signature, _applied(function), Extent.WHOLE, True)
+    return _declare(names, signature, applied(function), Extent.WHOLE, True)
 
 
 def operation(
@@ -354,7 +355,7 @@ def operation(
     extent: Extent = Extent.LANEWISE,
     *,
     staged: bool = False,
-    accepts: Callable[[Form], bool] = _any_form,
+    accepts: Callable[[Form], bool] = any_form,
 ) -> Callable[[Plan], Operation]:
     """Declare an operation by its plan: ``plan(form, *sources, out) -> step``, at bind time."""
 
@@ -371,7 +372,7 @@ def planned(
     extent: Extent = Extent.LANEWISE,
     *,
     staged: bool = False,
-    accepts: Callable[[Form], bool] = _any_form,
+    accepts: Callable[[Form], bool] = any_form,
 ) -> Operation:
     """:func:`operation` as a plain call, for tables of operations that share a plan."""
     return _declare(names, signature, plan, extent, staged, accepts)
@@ -383,7 +384,7 @@ def _declare(
     plan: Plan,
     extent: Extent,
     staged: bool,
-    accepts: Callable[[Form], bool] = _any_form,
+    accepts: Callable[[Form], bool] = any_form,
 ) -> Operation:
     return Operation(
         tuple(names.split()),
@@ -403,3 +404,23 @@ def has_memory(form: Form) -> bool:
 def registers_only(form: Form) -> bool:
     """Whether the form has no memory operand (for ``accepts``)."""
     return form.memory is None
+
+
+def stores(form: Form) -> bool:
+    """Whether the destination is memory (for ``accepts``)."""
+    return form.memory_is_destination
+
+
+def loads(form: Form) -> bool:
+    """Whether the form has a memory operand that is not the destination (for ``accepts``)."""
+    return form.memory is not None and not form.memory_is_destination
+
+
+def immediate(form: Form) -> bool:
+    """Whether the form has an immediate byte (for ``accepts``)."""
+    return form.has_immediate
+
+
+def no_immediate(form: Form) -> bool:
+    """Whether the form has no immediate byte (for ``accepts``)."""
+    return not form.has_immediate

@@ -1,0 +1,287 @@
+"""Integer arithmetic on lanes: add, subtract, multiply, average, minimum, maximum, absolute, sign.
+
+SDM Vol. 2: PADD* PSUB* PMUL* PMADD* PAVG* PSADBW MPSADBW PABS* PSIGN* PMIN* PMAX* PH*.
+NumPy's integer ufuncs wrap around, as the hardware does; where a result needs more bits, the
+lanes are first copied to wider ones (a ufunc that casts is four times slower).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from handlers.operands import Form, Lanes, Step
+from handlers.vector import Extent, Plan, lanewise, operation, planned
+
+_INTEGERS = ("b", 1), ("w", 2), ("d", 4), ("q", 8)
+
+
+def _wide(size: int) -> list[tuple[str, int]]:
+    return [(letter, width) for letter, width in _INTEGERS if width <= size]
+
+
+ADD = [lanewise(f"padd{x}", f"u{n},u{n}->u{n}", np.add) for x, n in _wide(8)]
+SUB = [lanewise(f"psub{x}", f"u{n},u{n}->u{n}", np.subtract) for x, n in _wide(8)]
+MULTIPLY_LOW = [
+    lanewise("pmullw", "u2,u2->u2", np.multiply),
+    lanewise("pmulld", "u4,u4->u4", np.multiply),
+]
+MIN_MAX = [
+    lanewise(f"p{name}{sign}{x}", f"{kind}{n},{kind}{n}->{kind}{n}", function)
+    for name, function in (("min", np.minimum), ("max", np.maximum))
+    for sign, kind in (("s", "i"), ("u", "u"))
+    for x, n in _wide(4)
+]
+ABS = [lanewise(f"pabs{x}", f"i{n}->i{n}", np.absolute) for x, n in _wide(4)]
+
+
+def saturate_into(wide: Lanes, out: Lanes) -> Step:
+    """A step that clips ``wide`` in place to the range of ``out`` and stores it there."""
+    limits = np.iinfo(out.dtype)
+    low, high = np.array([limits.min], wide.dtype), np.array([limits.max], wide.dtype)
+
+    def step() -> None:
+        np.minimum(wide, high, wide)
+        np.maximum(wide, low, wide)
+        np.copyto(out, wide, casting="unsafe")
+
+    return step
+
+
+def _saturating(ufunc: Callable[..., Any]) -> Plan:
+    def plan(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+        wide_a, wide_b = np.empty((2, len(a)), f"i{2 * a.itemsize}")
+        store = saturate_into(wide_a, out)
+
+        def step() -> None:
+            np.copyto(wide_a, a)
+            np.copyto(wide_b, b)
+            ufunc(wide_a, wide_b, wide_a)
+            store()
+
+        return step
+
+    return plan
+
+
+SATURATING = [
+    planned(f"{name}{sign}{x}", f"{kind}{n},{kind}{n}->{kind}{n}", _saturating(ufunc))
+    for name, ufunc in (("padd", np.add), ("psub", np.subtract))
+    for sign, kind in (("s", "i"), ("us", "u"))
+    for x, n in _wide(2)
+]
+
+
+def _multiply_high(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    wide_a, wide_b = np.empty((2, len(a)), f"{a.dtype.kind}4")
+    high = wide_a.view(out.dtype)[1::2]
+
+    def step() -> None:
+        np.copyto(wide_a, a)
+        np.copyto(wide_b, b)
+        np.multiply(wide_a, wide_b, wide_a)
+        np.copyto(out, high)
+
+    return step
+
+
+MULTIPLY_HIGH = [
+    planned("pmulhw", "i2,i2->i2", _multiply_high),
+    planned("pmulhuw", "u2,u2->u2", _multiply_high),
+]
+
+
+@operation("pmulhrsw", "i2,i2->i2")
+def multiply_round_scale(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """(a * b >> 14) + 1 >> 1: its low 16 bits, so -1 * -1 gives -1."""
+    wide_a, wide_b = np.empty((2, len(a)), "i4")
+    low = wide_a.view("i2")[::2]
+    fourteen, one = np.array([14], "i4"), np.array([1], "i4")
+
+    def step() -> None:
+        np.copyto(wide_a, a)
+        np.copyto(wide_b, b)
+        np.multiply(wide_a, wide_b, wide_a)
+        np.right_shift(wide_a, fourteen, wide_a)
+        np.add(wide_a, one, wide_a)
+        np.right_shift(wide_a, one, wide_a)
+        np.copyto(out, low)
+
+    return step
+
+
+def _multiply_even(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """PMULUDQ/PMULDQ: 64-bit products of the even 32-bit lanes."""
+    wide_a, wide_b = np.empty((2, len(out)), out.dtype)
+    even_a, even_b = a[::2], b[::2]
+
+    def step() -> None:
+        np.copyto(wide_a, even_a)
+        np.copyto(wide_b, even_b)
+        np.multiply(wide_a, wide_b, out)
+
+    return step
+
+
+MULTIPLY_EVEN = [
+    planned("pmuludq", "u4,u4->u8", _multiply_even, Extent.WHOLE),
+    planned("pmuldq", "i4,i4->i8", _multiply_even, Extent.WHOLE),
+]
+
+
+@operation("pmaddwd", "i2,i2->i4", Extent.WHOLE)
+def multiply_add_words(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """Sums of adjacent products; four times 8000h wraps to 80000000h."""
+    wide_a, wide_b = np.empty((2, len(a)), "i4")
+    even, odd = wide_a[::2], wide_a[1::2]
+
+    def step() -> None:
+        np.copyto(wide_a, a)
+        np.copyto(wide_b, b)
+        np.multiply(wide_a, wide_b, wide_a)
+        np.add(even, odd, out)
+
+    return step
+
+
+@operation("pmaddubsw", "u1,i1->i2", Extent.WHOLE)
+def multiply_add_bytes(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """Unsigned bytes by signed bytes; sums of adjacent products saturate."""
+    wide_a, wide_b = np.empty((2, len(a)), "i4")
+    even, odd, total = wide_a[::2], wide_a[1::2], np.empty(len(out), "i4")
+    store = saturate_into(total, out)
+
+    def step() -> None:
+        np.copyto(wide_a, a)
+        np.copyto(wide_b, b)
+        np.multiply(wide_a, wide_b, wide_a)
+        np.add(even, odd, total)
+        store()
+
+    return step
+
+
+def _average(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """a + b + 1 >> 1 without a wider type: (a | b) - ((a ^ b) >> 1)."""
+    union, half, one = np.empty_like(a), np.empty_like(a), np.ones(1, a.dtype)
+
+    def step() -> None:
+        np.bitwise_or(a, b, union)
+        np.bitwise_xor(a, b, half)
+        np.right_shift(half, one, half)
+        np.subtract(union, half, out)
+
+    return step
+
+
+AVERAGE = [planned(f"pavg{x}", f"u{n},u{n}->u{n}", _average) for x, n in _wide(2)]
+
+
+@operation("psadbw", "u1x8,u1x8->u8", Extent.WHOLE)
+def sum_of_differences(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    larger, smaller = np.empty_like(a), np.empty_like(a)
+
+    def step() -> None:
+        np.maximum(a, b, larger)
+        np.minimum(a, b, smaller)
+        np.subtract(larger, smaller, larger)
+        np.add.reduce(larger, 1, "u8", out=out)
+
+    return step
+
+
+@operation("mpsadbw", "u1x16,u1x16->u2x8", Extent.WHOLE)
+def sums_of_differences(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """Eight sums per block: four bytes of ``b`` against eleven of ``a``, sliding.
+
+    Three immediate bits for each block: bit 2 gives the start in ``a``, bits 1:0 in ``b``.
+    """
+    wide_a, wide_b = np.empty(a.shape, "i2"), np.empty(b.shape, "i2")
+    parts = []
+    for block in range(len(a)):
+        control = form.imm >> 3 * block
+        start_a, start_b = (control >> 2 & 1) * 4, (control & 3) * 4
+        windows = sliding_window_view(wide_a[block, start_a : start_a + 11], 4)
+        parts.append((windows, wide_b[block, start_b : start_b + 4], out[block]))
+    difference = np.empty((8, 4), "i2")
+
+    def step() -> None:
+        np.copyto(wide_a, a)
+        np.copyto(wide_b, b)
+        for windows, four, sums in parts:
+            np.subtract(windows, four, difference)
+            np.absolute(difference, difference)
+            np.add.reduce(difference, 1, "u2", out=sums)
+
+    return step
+
+
+def _sign(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    sign = np.empty_like(b)
+
+    def step() -> None:
+        np.sign(b, sign)
+        np.multiply(a, sign, out)
+
+    return step
+
+
+SIGN = [planned(f"psign{x}", f"i{n},i{n}->i{n}", _sign) for x, n in _wide(4)]
+
+
+def _horizontal(ufunc: Callable[..., Any]) -> Plan:
+    """Adjacent pairs of each block: those of ``a`` below those of ``b``."""
+
+    def plan(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+        half = a.shape[1] // 2
+        low, high = out[:, :half], out[:, half:]
+        a_even, a_odd, b_even, b_odd = a[:, ::2], a[:, 1::2], b[:, ::2], b[:, 1::2]
+
+        def step() -> None:
+            ufunc(a_even, a_odd, low)
+            ufunc(b_even, b_odd, high)
+
+        return step
+
+    return plan
+
+
+def _horizontal_saturating(ufunc: Callable[..., Any]) -> Plan:
+    def plan(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+        wide_a, wide_b, wide = np.empty((3, *a.shape), "i4")
+        pairs = _horizontal(ufunc)(form, wide_a, wide_b, wide)
+        store = saturate_into(wide, out)
+
+        def step() -> None:
+            np.copyto(wide_a, a)
+            np.copyto(wide_b, b)
+            pairs()
+            store()
+
+        return step
+
+    return plan
+
+
+HORIZONTAL = [
+    planned("phaddw", "i2x8,i2x8->i2x8", _horizontal(np.add), Extent.WHOLE),
+    planned("phaddd", "i4x4,i4x4->i4x4", _horizontal(np.add), Extent.WHOLE),
+    planned("phsubw", "i2x8,i2x8->i2x8", _horizontal(np.subtract), Extent.WHOLE),
+    planned("phsubd", "i4x4,i4x4->i4x4", _horizontal(np.subtract), Extent.WHOLE),
+    planned("phaddsw", "i2x8,i2x8->i2x8", _horizontal_saturating(np.add), Extent.WHOLE),
+    planned("phsubsw", "i2x8,i2x8->i2x8", _horizontal_saturating(np.subtract), Extent.WHOLE),
+]
+
+
+@operation("phminposuw", "u2->u2", Extent.WHOLE)
+def horizontal_minimum(form: Form, a: Lanes, out: Lanes) -> Step:
+    """The smallest word, and the number of the first lane that holds it."""
+
+    def step() -> None:
+        out[1] = lane = a.argmin()
+        out[0] = a[lane]
+
+    return step
