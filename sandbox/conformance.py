@@ -7,6 +7,7 @@ A :class:`Subject` runs one instruction on a :class:`~sandbox.native.State`, as
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ import numpy as np
 from iced_x86 import InstructionInfoFactory, Register, RegisterExt, RegisterInfo, RflagsBits
 
 from sandbox.cases import Cases
-from sandbox.cpu import PF_, Fault
-from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, Insn
-from sandbox.encodings import all_forms, encodings, info_of
+from sandbox.cpu import DB, PF_, Fault
+from sandbox.decode import FORM_NAMES, Insn
+from sandbox.encodings import encodings
 from sandbox.native import REGION, NativeCpu, Result, State, missing_features
-from sandbox.registers import AF, CF, DF, GPR_NAMES, OF, PF, SF, ZF
+from sandbox.registers import AF, CF, DF, GPR_NAMES, OF, PF, RCX, SF, ZF
 
 STATUS = CF | PF | AF | ZF | SF | OF
 FLAG_NAMES = {CF: "CF", PF: "PF", AF: "AF", ZF: "ZF", SF: "SF", DF: "DF", OF: "OF"}
@@ -56,10 +57,43 @@ class Subject(Protocol):
         ...
 
 
+_NOT_COMPARABLE = {
+    re.compile(pattern): reason
+    for pattern, reason in {
+        "MOVSXD_R16_RM16": "CPUs differ in how much memory they read",
+        "RESERVEDNOP_.*": "CPUs differ in whether the form is a NOP",
+        "FX?(N?SAVE|N?STENV|RSTOR|LDENV).*|XSAVE.*": "the image holds what the host's CPU has",
+        "(RDTSC|RDTSCP|RDRAND|RDSEED|RDPID|CPUID|XGETBV|RDPMC|RDPRU|SMSW|SGDT|SIDT|SLDT|STR)(_.*|)":
+            "the answer is the host's own",
+        "(LSL|LAR|VERR|VERW)_.*": "the answer depends on the host's descriptor tables",
+        "V?RCP.*|V?RSQRT.*": "approximations differ between CPUs within their error bound",
+    }.items()
+}  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def not_comparable(form: str) -> str | None:
+    """Why no host CPU can judge this form, or None."""
+    for pattern, reason in _NOT_COMPARABLE.items():
+        if pattern.fullmatch(form):
+            return reason
+    return None
+
+
+def is_undefined(insn: Insn, state: State) -> bool:
+    """Whether the result is undefined for this state: 16-bit SHLD, SHRD by more than 16."""
+    if insn.mnemonic not in ("shld", "shrd") or "RM16" not in insn.form:
+        return False
+    count = state.gpr[RCX] if insn.form.endswith("CL") else insn.iced.immediate8
+    return count & 31 > 16
+
+
 @lru_cache(maxsize=4096)
 def defined_flags(insn: Insn) -> int:
     """Status flags and DF, less what the manual leaves undefined after this form."""
     mask = STATUS | DF
+    if insn.mnemonic in ("rcl", "rcr") and insn.iced.op_count == 2 and "_1" not in insn.form:
+        mask &= ~OF  # defined for a count of 1 only, also where the count wraps round to 0
     undefined = insn.iced.rflags_undefined
     for theirs, ours in _ICED_FLAGS.items():
         if undefined & theirs:
@@ -77,6 +111,8 @@ def difference(insn: Insn, native: Result, subject: Outcome, flags: int) -> str 
     """The first difference in a line of text, or None. ``flags``: RFLAGS bits to compare."""
     if native.crashed:
         return "the native worker crashed"
+    if native.fault and native.fault.vector == DB:
+        return None  # the instruction set TF, and the worker's own code was stepped
     fault = _fault_difference(native, subject)
     if fault or (native.fault and _is_interruptible(insn)):
         return fault
@@ -236,6 +272,7 @@ def check(
     """Run one instruction on all states, natively and by the subject; add up in ``verdict``."""
     verdict = verdict or Verdict(insn.form)
     mask = defined_flags(insn) if flags is None else flags
+    states = [state for state in states if not is_undefined(insn, state)]
     results = NativeCpu.shared().run_batch([(insn.raw, state) for state in states])
     for state, native in zip(states, results, strict=True):
         try:
@@ -261,6 +298,10 @@ def sweep(
     for code in forms:
         verdict = Verdict(FORM_NAMES[code])
         started = time.perf_counter()
+        verdict.skipped = not_comparable(verdict.form) or ""
+        if verdict.skipped:
+            yield verdict
+            continue
         for insn in encodings(code):
             missing = missing_features(insn)
             if missing:
@@ -275,18 +316,10 @@ def sweep(
         yield verdict
 
 
-def forms_with(*features: str) -> list[int]:
-    """All 64-bit forms that need one of these CPUID features and no others beyond them."""
-    wanted = set(features)
-    return [c for c in all_forms() if (f := set(_features(c))) and f <= wanted]
-
-
-def _features(code: int) -> tuple[str, ...]:
-    for insn in encodings(code):
-        return insn.features
-    return ()
-
-
-def mnemonic_of(code: int) -> str:
-    """Mnemonic of a form."""
-    return MNEMONIC_NAMES[info_of(code).mnemonic]
+def table(verdicts: Iterable[Verdict]) -> Iterator[str]:
+    """A line of text per form: cases, differences, and the first difference in short."""
+    for verdict in verdicts:
+        note = verdict.skipped or verdict.first.partition("\n")[0]
+        if verdict.declined:
+            note = note or f"{len(verdict.declined)} encodings declined: {min(verdict.declined)}"
+        yield f"{verdict.form:<48} {verdict.cases:>7} {verdict.differences:>7}  {note}".rstrip()

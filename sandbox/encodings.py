@@ -28,17 +28,22 @@ from iced_x86 import (
     RoundingControl,
 )
 
-from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, DecodeError, Insn, decode
+from sandbox.decode import FEATURE_NAMES, FORM_NAMES, MNEMONIC_NAMES, DecodeError, Insn, decode
+from sandbox.native import DATA
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A memory operand: register numbers (``index`` is a vector number in VSIB forms)."""
+    """A memory operand: register numbers (``index`` is a vector number in VSIB forms).
+
+    Forms with nothing but an address (MOV AL, moffs8) have ``absolute``.
+    """
 
     base: int | None = 6
     index: int | None = None
     scale: int = 1
     displacement: int = 0
+    absolute: int = DATA + 0x1000
 
 
 SIMPLE = Memory()
@@ -174,7 +179,7 @@ def _set_immediate(insn: Any, at: int, kind: str, value: int, *, second: bool) -
 def _set_memory(insn: Any, kind: str, memory: Memory) -> None:
     if kind == "MEM_OFFS":
         insn.memory_displ_size = 8
-        insn.memory_displacement = memory.displacement & (1 << 64) - 1
+        insn.memory_displacement = memory.absolute
         return
     if memory.base is not None:
         insn.memory_base = _CLASSES["R64"][memory.base]
@@ -196,6 +201,23 @@ def _set_evex(insn: Any, evex: Evex) -> None:
     insn.is_broadcast = evex.broadcast
     insn.rounding_control = evex.rounding
     insn.suppress_all_exceptions = evex.sae
+
+
+@lru_cache(maxsize=8192)
+def features_of(code: int) -> frozenset[str]:
+    """CPUID features that the form needs, by name."""
+    return frozenset(FEATURE_NAMES[f] for f in _features(code))
+
+
+def mnemonic_of(code: int) -> str:
+    """Lower-case mnemonic of the form."""
+    return MNEMONIC_NAMES[info_of(code).mnemonic]
+
+
+def forms_with(*features: str) -> list[int]:
+    """The forms that need no CPUID features but these."""
+    wanted = set(features)
+    return [code for code in all_forms() if features_of(code) <= wanted]
 
 
 @lru_cache(maxsize=1)
@@ -221,8 +243,8 @@ def _features(code: int) -> list[int]:
 def forms_of(*mnemonics: str) -> list[int]:
     """The forms (iced ``Code``) of these mnemonics in 64-bit mode."""
     wanted = set(mnemonics)
-    found = [c for c in all_forms() if MNEMONIC_NAMES[info_of(c).mnemonic] in wanted]
-    missing = wanted - {MNEMONIC_NAMES[info_of(c).mnemonic] for c in found}
+    found = [c for c in all_forms() if mnemonic_of(c) in wanted]
+    missing = wanted - {mnemonic_of(c) for c in found}
     if missing:
         raise ValueError(f"no 64-bit form of {', '.join(sorted(missing))}")
     return found

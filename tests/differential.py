@@ -24,13 +24,14 @@ from typing import Any
 import pytest
 
 from sandbox.cases import Cases
-from sandbox.conformance import Outcome, Verdict, check
+from sandbox.conformance import Outcome, Verdict, check, not_comparable
 from sandbox.conformance import sweep as _sweep
 from sandbox.cpu import Cpu, Fault, is_canonical
 from sandbox.decode import Insn, decode
-from sandbox.encodings import encodings, forms_of
+from sandbox.encodings import features_of, forms_of
 from sandbox.handler import Action, Decline, Handler, Inject, Pack
 from sandbox.native import CODE, READONLY, REGION, REGION_SIZE, NativeCpu, State, missing_features
+from sandbox.registers import Segment
 from tests.doubles import DictBank, FlatMemory, make_cpu
 
 FAST_MXCSR = (0x1F80, 0x3F80, 0x5FA0, 0x7F80)
@@ -98,6 +99,7 @@ class HandlerSubject:
         self.cpu = make_cpu(64, 3, self.memory)
         self.bank = X87Bank(64, 3)
         self.cpu.registers.bank = self.bank
+        self.bank.segments |= {"cs": Segment(0x33), "ss": Segment(0x2B)}
         self.cpu.registers.xcr0 = 0xE7
         self.cpu.registers.rip = CODE
         self._bound: dict[bytes, tuple[Handler, Action] | None] = {}
@@ -184,6 +186,8 @@ def compare(
     missing = missing_features(insn)
     if missing:
         pytest.skip(f"the host has no {', '.join(missing)}")
+    reason = not_comparable(insn.form)
+    assert reason is None, f"{insn.form}: {reason}"
     subject = handlers if isinstance(handlers, HandlerSubject) else HandlerSubject(handlers)
     assert subject.accepts(insn), f"no handler takes {insn!r}"
     if states is None:
@@ -209,7 +213,7 @@ def sweep(
     _skip_unless_native()
     allowed = None if features is None else set(features)
     chosen = [*(forms_of(*mnemonics) if mnemonics else ()), *forms]
-    chosen = [c for c in chosen if allowed is None or _needs(c) <= allowed]
+    chosen = [c for c in chosen if allowed is None or features_of(c) <= allowed]
     assert chosen, "no form is left to compare"
     verdicts = list(_sweep(HandlerSubject(handlers), chosen, cases, seed, faults, mxcsr))
     ran = [v for v in verdicts if not v.skipped]
@@ -218,10 +222,6 @@ def sweep(
         _require_equal(verdict)
     if not ran:
         pytest.skip(verdicts[0].skipped)
-
-
-def _needs(code: int) -> set[str]:
-    return {feature for insn in encodings(code) for feature in insn.features}
 
 
 def _skip_unless_native() -> None:
