@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
-from handlers import arithmetic, compare, extend, logic, move, shift, shuffle
+from handlers import (
+    arithmetic,
+    compare,
+    crypto,
+    extend,
+    gather,
+    logic,
+    masked,
+    move,
+    shift,
+    shuffle,
+    strings,
+)
 from sandbox.handler import Pack
 
-PACK = Pack.of("avx2", move, logic, arithmetic, compare, shift, shuffle, extend)
+PACK = Pack.of(
+    "avx2",
+    move,
+    logic,
+    arithmetic,
+    compare,
+    shift,
+    shuffle,
+    extend,
+    masked,
+    gather,
+    strings,
+    crypto,
+)

@@ -1,0 +1,157 @@
+"""AES rounds and carry-less multiplication. FIPS 197; SDM Vol. 2: AES* PCLMULQDQ, and VAES."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from handlers.operands import Form, Step
+from handlers.vector import Extent, Plan, operation, planned
+
+
+def _double(a: int) -> int:
+    """Product by x in GF(2^8) with AES's polynomial 11Bh."""
+    return a << 1 ^ (0x11B if a & 0x80 else 0)
+
+
+def _times(a: int, factor: int) -> int:
+    product = 0
+    while factor:
+        product ^= a if factor & 1 else 0
+        a, factor = _double(a), factor >> 1
+    return product
+
+
+def _make_sbox() -> bytes:
+    """The inverse in GF(2^8), then an affine transformation (FIPS 197, 5.1.1)."""
+    powers = [1]  # of the generator 3
+    while len(powers) < 255:
+        powers.append(powers[-1] ^ _double(powers[-1]))
+    box = bytearray(256)
+    box[0] = 0x63
+    for exponent, value in enumerate(powers):
+        inverse = powers[-exponent % 255]
+        spread = 0
+        for count in range(5):
+            spread ^= inverse << count | inverse >> 8 - count
+        box[value] = spread & 0xFF ^ 0x63
+    return bytes(box)
+
+
+_SBOX = _make_sbox()
+_INVERSE_SBOX = bytes(_SBOX.index(value) for value in range(256))
+_IDENTITY = bytes(range(256))
+
+_SHIFT_ROWS = [(i + 4 * (i % 4)) % 16 for i in range(16)]
+_INVERSE_SHIFT_ROWS = [(i - 4 * (i % 4)) % 16 for i in range(16)]
+_IN_PLACE = list(range(16))
+
+_MIX = (2, 1, 1, 3)
+_INVERSE_MIX = (14, 9, 13, 11)
+_NO_MIX = (1, 0, 0, 0)
+"""First column of the matrix that multiplies each column of the state (FIPS 197, 5.1.3)."""
+
+
+def _tables(box: bytes, column: Sequence[int]) -> list[list[int]]:
+    """What each byte of a column adds to the mixed column, for each of its four rows."""
+    tables = []
+    for row in range(4):
+        rotated = [column[(i - row) % 4] for i in range(4)]
+        tables.append(
+            [sum(_times(box[x], c) << 8 * i for i, c in enumerate(rotated)) for x in range(256)]
+        )
+    return tables
+
+
+def _mixed(state: bytes, tables: list[list[int]], order: list[int]) -> int:
+    t0, t1, t2, t3 = tables
+    s = [state[i] for i in order]
+    return (
+        (t0[s[0]] ^ t1[s[1]] ^ t2[s[2]] ^ t3[s[3]])
+        | (t0[s[4]] ^ t1[s[5]] ^ t2[s[6]] ^ t3[s[7]]) << 32
+        | (t0[s[8]] ^ t1[s[9]] ^ t2[s[10]] ^ t3[s[11]]) << 64
+        | (t0[s[12]] ^ t1[s[13]] ^ t2[s[14]] ^ t3[s[15]]) << 96
+    )
+
+
+def _round(box: bytes, column: Sequence[int], order: list[int]) -> Plan:
+    tables = _tables(box, column)
+
+    def plan(form: Form, state: memoryview, key: memoryview, out: memoryview) -> Step:
+        blocks = [slice(i, i + 16) for i in range(0, len(out), 16)]
+
+        def step() -> None:
+            for block in blocks:
+                mixed = _mixed(bytes(state[block]), tables, order)
+                out[block] = (mixed ^ int.from_bytes(key[block], "little")).to_bytes(16, "little")
+
+        return step
+
+    return plan
+
+
+ROUNDS = [
+    planned(name, "b,b->b", _round(box, column, order), Extent.WHOLE)
+    for name, box, column, order in (
+        ("aesenc", _SBOX, _MIX, _SHIFT_ROWS),
+        ("aesenclast", _SBOX, _NO_MIX, _SHIFT_ROWS),
+        ("aesdec", _INVERSE_SBOX, _INVERSE_MIX, _INVERSE_SHIFT_ROWS),
+        ("aesdeclast", _INVERSE_SBOX, _NO_MIX, _INVERSE_SHIFT_ROWS),
+    )
+]
+
+_UNMIX = _tables(_IDENTITY, _INVERSE_MIX)
+
+
+@operation("aesimc", "b->b", Extent.WHOLE)
+def inverse_mix_columns(form: Form, state: memoryview, out: memoryview) -> Step:
+    def step() -> None:
+        out[:] = _mixed(bytes(state), _UNMIX, _IN_PLACE).to_bytes(16, "little")
+
+    return step
+
+
+@operation("aeskeygenassist", "b->b", Extent.WHOLE)
+def key_generation_assist(form: Form, source: memoryview, out: memoryview) -> Step:
+    """SubWord of words 1 and 3, each also rotated with the immediate added."""
+    constant = form.imm
+
+    def step() -> None:
+        boxed = bytes(source).translate(_SBOX)
+        for at in (4, 12):
+            word = boxed[at : at + 4]
+            out[at - 4 : at + 4] = word + bytes((word[1] ^ constant, word[2], word[3], word[0]))
+
+    return step
+
+
+_BIT_PER_BYTE = int.from_bytes(b"\x01" * 128, "little")
+_TO_DIGITS = bytes(ord("0") + (value & 1) for value in range(256))
+
+
+def _spread(value: int) -> int:
+    """Each bit as a byte of its own."""
+    return int.from_bytes(f"{value:b}".encode(), "big") & _BIT_PER_BYTE
+
+
+def carryless_product(a: int, b: int) -> int:
+    """Product of polynomials over GF(2), 64 by 64 bits.
+
+    With a byte for each bit no sum of up to 64 products carries, so that an ordinary
+    multiplication counts them; the lowest bit of each count is the result.
+    """
+    counts = (_spread(a) * _spread(b)).to_bytes(128, "big")
+    return int(counts.translate(_TO_DIGITS), 2)
+
+
+@operation("pclmulqdq", "b,b->b", Extent.WHOLE)
+def carryless_multiply(form: Form, a: memoryview, b: memoryview, out: memoryview) -> Step:
+    """Immediate bits 0 and 4 choose the quadword of each source, in each 128-bit block."""
+    first, second = form.imm & 1, form.imm >> 4 & 1
+    a_lanes, b_lanes = a.cast("Q"), b.cast("Q")
+
+    def step() -> None:
+        for i in range(0, len(a_lanes), 2):
+            product = carryless_product(a_lanes[i + first], b_lanes[i + second])
+            out[8 * i : 8 * i + 16] = product.to_bytes(16, "little")
+
+    return step
