@@ -1,0 +1,107 @@
+"""Moves, exchanges, conditions and flag instructions give what the host CPU gives."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from iced_x86 import MemorySizeExt, OpKind
+
+from handlers.flags import CONDITION_NAMES
+from handlers.integer import REGISTERS
+from sandbox.decode import Insn, decode
+from sandbox.native import DATA, State
+from sandbox.registers import RAX, RBX, RDX
+from tests.integer_cases import assert_like_hardware, insns_of, needs_native
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "mnemonic", "mov movzx movsx movsxd movbe movnti movdiri bswap lea xchg xadd".split()
+)
+def test_moves(mnemonic: str) -> None:
+    """The host's own segment selectors are not in the state, so they are left out."""
+    insns = [i for i in insns_of(mnemonic) if "SREG" not in i.form and "MOFFS" not in i.form]
+    assert_like_hardware(insns, states=10)
+
+
+@needs_native
+@pytest.mark.parametrize("code", ["a0", "a2", "66a1", "48a1", "a3", "48a3"])
+def test_moves_at_an_absolute_address(code: str) -> None:
+    raw = bytes.fromhex(code) + (DATA + 0x123).to_bytes(8, "little")
+    assert_like_hardware([decode(raw, 64)], states=10)
+
+
+@needs_native
+@pytest.mark.parametrize("mnemonic", "cbw cwde cdqe cwd cdq cqo lahf sahf clc stc cmc".split())
+def test_accumulator_and_flags(mnemonic: str) -> None:
+    assert_like_hardware(insns_of(mnemonic), states=60)
+
+
+@needs_native
+@pytest.mark.parametrize("mnemonic", "cld std".split())
+def test_direction_flag(mnemonic: str) -> None:
+    assert_like_hardware(insns_of(mnemonic), states=2)
+
+
+@needs_native
+def test_set_and_move_by_condition() -> None:
+    names = [f"{stem}{suffix}" for suffix in CONDITION_NAMES for stem in ("set", "cmov")]
+    assert_like_hardware(insns_of(*names), states=6)
+
+
+def _often_equal(rng: random.Random, insn: Insn, state: State) -> None:
+    """Let the comparison of CMPXCHG succeed about half of the time."""
+    iced = insn.iced
+    if rng.random() < 0.5:
+        return
+    if iced.op0_kind == OpKind.REGISTER:
+        number, _bits, shift = REGISTERS[iced.op0_register]
+        state.gpr[RAX] = state.gpr[number] >> shift
+        return
+    base = REGISTERS[iced.memory_base][0]
+    if base in (RAX, RDX):
+        return
+    index = iced.memory_index
+    at = state.gpr[base] + iced.memory_displacement & (1 << 64) - 1
+    if index in REGISTERS:
+        at = at + state.gpr[REGISTERS[index][0]] * iced.memory_index_scale & (1 << 64) - 1
+    if not DATA <= at < DATA + 0x3000:
+        return
+    size = MemorySizeExt.size(iced.memory_size)
+    if size == 16 or insn.mnemonic == "cmpxchg8b":
+        half = size // 2
+        state.gpr[RAX] = int.from_bytes(state.load(at, half), "little")
+        state.gpr[RDX] = int.from_bytes(state.load(at + half, half), "little")
+    else:
+        state.gpr[RAX] = int.from_bytes(state.load(at, size), "little")
+
+
+@needs_native
+@pytest.mark.parametrize("mnemonic", "cmpxchg cmpxchg8b cmpxchg16b".split())
+def test_compare_and_exchange(mnemonic: str) -> None:
+    assert_like_hardware(insns_of(mnemonic), states=30, prepare=_often_equal)
+
+
+@needs_native
+@pytest.mark.parametrize("code", ["88e0", "8ae3", "86e0", "0fb6c4", "0fbeec", "0f94c6", "0fc0fc"])
+def test_high_byte_registers(code: str) -> None:
+    assert_like_hardware([decode(bytes.fromhex(code), 64)], states=60)
+
+
+@needs_native
+@pytest.mark.parametrize("code", ["d7", "67d7"])
+def test_xlat(code: str) -> None:
+    def prepare(rng: random.Random, _insn: Insn, state: State) -> None:
+        state.gpr[RBX] = DATA + rng.randrange(0x1000)
+
+    assert_like_hardware([decode(bytes.fromhex(code), 64)], states=60, prepare=prepare)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "code",
+    ["8d0433", "678d0433", "488d8433ffffff7f", "67488d44f380", "668d44f380", "678d4424f0"],
+)
+def test_lea_cuts_to_address_size_and_operand_size(code: str) -> None:
+    assert_like_hardware([decode(bytes.fromhex(code), 64)], states=60)
