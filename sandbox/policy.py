@@ -1,0 +1,424 @@
+"""Which instructions the fast path may run: an allowlist as ordered rules, read from TOML.
+
+A policy file::
+
+    extends = "baseline"        # optional: a preset, or a file beside this one
+    unhandled = "inject"        # when no handler takes a trapped instruction: inject | exit | skip
+
+    [[rule]]
+    action = "trap"             # or "allow"
+    mnemonic = ["popcnt", "pcmp?str*"]
+    comment = "why"
+
+A rule holds for an instruction that any of its keys names: ``feature`` (CPUID features by
+iced-x86's names), ``mnemonic``, ``form`` (iced-x86's ``Code`` names, the exact encoding) and
+``bytes`` (opcode bytes from the first prefix on, ``?`` for any nibble); each is a string or a list,
+``*`` and ``?`` match in mnemonics and forms. The last rule that holds decides; without one the
+instruction is trapped. Allowing a feature allows what needs no other feature than those allowed so
+far; trapping one traps all that needs it. Bytes that are no instruction are never allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn, TypeAlias, cast, get_args
+
+from iced_x86 import Code, Instruction
+
+from sandbox.decode import FEATURE_NAMES, FORM_NAMES, MNEMONIC_NAMES, Insn
+from sandbox.errors import PolicyError
+from sandbox.handler import BytePattern
+
+Unhandled: TypeAlias = Literal["inject", "exit", "skip"]
+"""What happens to a trapped instruction that no handler takes."""
+UNHANDLED: Final = get_args(Unhandled)
+
+_TOP_KEYS = ("extends", "unhandled", "rule")
+_SELECTORS = ("feature", "mnemonic", "form", "bytes")
+_RULE_KEYS = ("action", "comment", *_SELECTORS)
+_ACTIONS = ("allow", "trap")
+_NO_INSTRUCTION = frozenset(
+    {Code.INVALID, Code.DECLAREBYTE, Code.DECLAREWORD, Code.DECLAREDWORD, Code.DECLAREQWORD}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule, its names resolved to iced-x86's numbers. ``line`` is where it starts."""
+
+    allow: bool
+    file: str
+    line: int
+    comment: str
+    features: frozenset[int] = frozenset()
+    mnemonics: frozenset[int] = frozenset()
+    forms: frozenset[int] = frozenset()
+    bytes: re.Pattern[bytes] | None = None
+    """Matches the start of an instruction."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether the fast path may run an instruction, and the rule that says so (None: no rule)."""
+
+    allow: bool
+    rule: Rule | None
+
+
+class Policy:
+    """Ordered rules, compiled to one byte per instruction form.
+
+    ``allowed[insn.code]`` is 1 where the fast path may run the form; it is final unless
+    ``byte_rules`` holds something, then :meth:`allows` must be asked.
+    """
+
+    def __init__(self, name: str, rules: Iterable[Rule], unhandled: Unhandled = "inject") -> None:
+        self.name = name
+        self.rules = tuple(rules)
+        self.unhandled: Unhandled = unhandled
+        self._deciding = _deciding_rules(self.rules)
+        """By form: the number of the last rule that holds, or -1."""
+        self.allowed = bytes(i >= 0 and self.rules[i].allow for i in self._deciding)
+        self.byte_rules = tuple((i, r) for i, r in enumerate(self.rules) if r.bytes)
+        """(number, rule) of the rules with byte patterns, in order."""
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Policy:
+        """A preset by name, or a policy file: anything with a ``/`` or ending in ``.toml``."""
+        name = str(name_or_path)
+        if not _is_path(name_or_path):
+            return _load_preset(name, ())
+        return _load_file(Path(name), ())
+
+    @classmethod
+    def parse(cls, text: str, filename: str = "<policy>") -> Policy:
+        """A policy from its TOML text; ``filename`` is for messages and for ``extends``."""
+        return _parse(text, filename, Path(filename).parent, ())
+
+    def allows(self, insn: Insn) -> bool:
+        """Whether the fast path may run ``insn``."""
+        return self.decide(insn).allow if self.byte_rules else bool(self.allowed[insn.code])
+
+    def decide(self, insn: Insn) -> Decision:
+        """Whether the fast path may run ``insn``, and which rule says so."""
+        last = self._deciding[insn.code]
+        for number, rule in reversed(self.byte_rules):
+            if number <= last:
+                break
+            if rule.bytes and rule.bytes.match(insn.raw):
+                last = number
+                break
+        if last < 0:
+            return Decision(False, None)
+        return Decision(self.rules[last].allow, self.rules[last])
+
+
+def presets() -> list[str]:
+    """Names of the policies that come with the sandbox."""
+    files = resources.files("sandbox.policies").iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+
+
+# --- from rules to a table by form ---------------------------------------------------------------
+
+
+@cache
+def _forms() -> dict[int, tuple[int, frozenset[int]]]:
+    """Of every instruction form: its mnemonic and the features it needs."""
+    blank = Instruction()
+    forms: dict[int, tuple[int, frozenset[int]]] = {}
+    for code in _numbers(FORM_NAMES).values():
+        if code not in _NO_INSTRUCTION:
+            blank.code = cast(Any, code)
+            forms[code] = (blank.mnemonic, frozenset(blank.cpuid_features()))
+    return forms
+
+
+def _deciding_rules(rules: tuple[Rule, ...]) -> list[int]:
+    forms = _forms()
+    deciding = [-1] * (max(forms) + 1)
+    allowed_features: set[int] = set()
+    for number, rule in enumerate(rules):
+        if rule.allow:
+            allowed_features |= rule.features
+        else:
+            allowed_features -= rule.features
+        for code in rule.forms:
+            deciding[code] = number
+        if not rule.mnemonics and not rule.features:
+            continue
+        for code, (mnemonic, needs) in forms.items():
+            if mnemonic in rule.mnemonics or (
+                not needs.isdisjoint(rule.features)
+                and (not rule.allow or needs <= allowed_features)
+            ):
+                deciding[code] = number
+    return deciding
+
+
+# --- from text to rules --------------------------------------------------------------------------
+
+
+def _is_path(name: str | Path) -> bool:
+    return isinstance(name, Path) or "/" in name or name.endswith(".toml")
+
+
+def _load_preset(name: str, chain: tuple[str, ...]) -> Policy:
+    if name not in presets():
+        raise PolicyError(f"unknown policy {name!r}{_nearest(name, presets())}; {_preset_list()}")
+    text = resources.files("sandbox.policies").joinpath(f"{name}.toml").read_text("utf-8")
+    return _parse(text, f"{name}.toml", None, chain)
+
+
+def _load_file(path: Path, chain: tuple[str, ...]) -> Policy:
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise PolicyError(f"{path}: cannot read this policy: {reason}; {_preset_list()}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise PolicyError(f"{path}:{line}: a policy is UTF-8 text, this is not") from None
+    return _parse(text, str(path), path.parent, chain)
+
+
+def _preset_list() -> str:
+    return f"presets are {', '.join(presets())}; a file is given by a path that ends in .toml"
+
+
+def _parse(text: str, filename: str, folder: Path | None, chain: tuple[str, ...]) -> Policy:
+    source = _Source(text, filename)
+    table = source.table
+    for key in table:
+        if key not in _TOP_KEYS:
+            source.fail(source.line_of_key(key), f"unknown key {key!r}", _nearest(key, _TOP_KEYS))
+    if "rule" not in table and "extends" not in table:
+        source.fail(
+            1, "no rules, so everything would be trapped; if you want that, extend 'nothing'"
+        )
+    unhandled = table.get("unhandled")
+    if unhandled is not None and unhandled not in UNHANDLED:
+        source.fail(
+            source.line_of_key("unhandled"),
+            f"unhandled is {unhandled!r}, want one of {', '.join(UNHANDLED)}",
+            _nearest(unhandled, UNHANDLED),
+        )
+    base = _base(source, folder, (*chain, filename)) if "extends" in table else None
+    rules = _rules(source)
+    return Policy(
+        name=Path(filename).stem,
+        rules=(*(base.rules if base else ()), *rules),
+        unhandled=unhandled or (base.unhandled if base else "inject"),
+    )
+
+
+def _base(source: _Source, folder: Path | None, chain: tuple[str, ...]) -> Policy:
+    name, line = source.table["extends"], source.line_of_key("extends")
+    if not isinstance(name, str):
+        source.fail(line, f"extends is {_type(name)}, want the name of one policy")
+    path = str((folder or Path()) / name)
+    if (path if _is_path(name) else f"{name}.toml") in chain:
+        source.fail(line, f"extends goes in a circle: {' -> '.join((*chain, name))}")
+    try:
+        return _load_file(Path(path), chain) if _is_path(name) else _load_preset(name, chain)
+    except PolicyError as error:
+        if re.match(r".*:\d+: ", str(error)):
+            raise
+        source.fail(line, str(error))
+
+
+def _rules(source: _Source) -> list[Rule]:
+    seen: dict[tuple[str, str], tuple[str, int]] = {}
+    rules = []
+    for number, (line, table) in enumerate(source.rules()):
+        rules.append(_rule(source, number, line, table))
+        for key in _SELECTORS:
+            for item in _items(table.get(key, [])):
+                action, where = seen.setdefault((key, item), (table["action"], line))
+                if action != table["action"]:
+                    source.fail(
+                        source.line_of_item(number, item),
+                        f"contradiction: {key} {item!r} has action {action!r} in the rule at"
+                        f" line {where} and {table['action']!r} here",
+                    )
+    return rules
+
+
+def _rule(source: _Source, number: int, line: int, table: Mapping[str, Any]) -> Rule:
+    for key in table:
+        if key not in _RULE_KEYS:
+            at = source.line_of_key(key, number)
+            source.fail(at, f"unknown key {key!r} in a rule", _nearest(key, _RULE_KEYS))
+    action = table.get("action")
+    if action not in _ACTIONS:
+        what = "the rule has no action" if action is None else f"action is {action!r}"
+        at = source.line_of_key("action", number)
+        source.fail(at, f"{what}, want 'allow' or 'trap'", _nearest(action, _ACTIONS))
+    comment = table.get("comment", "")
+    if not isinstance(comment, str):
+        at = source.line_of_key("comment", number)
+        source.fail(at, f"comment is {_type(comment)}, want text")
+    for key in _SELECTORS:
+        _check_items(source, number, key, table.get(key))
+    if not any(table.get(key) for key in _SELECTORS):
+        source.fail(line, f"empty rule: give one of {', '.join(_SELECTORS)}")
+
+    def resolve(key: str, names: Mapping[str, int], change: Callable[[str], str]) -> frozenset[int]:
+        found: set[int] = set()
+        for item in _items(table.get(key, [])):
+            matches = _lookup(change(item), names, globs=key != "feature")
+            if not matches:
+                at = source.line_of_item(number, item)
+                source.fail(at, f"unknown {key} {item!r}", _nearest(change(item), names))
+            found.update(matches)
+        return frozenset(found)
+
+    return Rule(
+        allow=action == "allow",
+        file=source.filename,
+        line=line,
+        comment=" ".join(comment.split()),
+        features=resolve("feature", _numbers(FEATURE_NAMES), str.upper),
+        mnemonics=resolve("mnemonic", _numbers(MNEMONIC_NAMES), str.lower),
+        forms=resolve("form", _instruction_forms(), str.upper),
+        bytes=_bytes(source, number, _items(table.get("bytes", []))),
+    )
+
+
+def _check_items(source: _Source, number: int, key: str, value: object) -> None:
+    if value is None:
+        return
+    at = source.line_of_key(key, number)
+    if isinstance(value, list):
+        for item in value:
+            if not isinstance(item, str):
+                source.fail(at, f"{key} holds {_type(item)}, want text only")
+    elif not isinstance(value, str):
+        source.fail(at, f"{key} is {_type(value)}, want text or a list of texts")
+    if not _items(value) or not all(item.strip() for item in _items(value)):
+        source.fail(at, f"{key} is empty: name something or leave it out")
+
+
+def _bytes(source: _Source, number: int, items: list[str]) -> re.Pattern[bytes] | None:
+    """One regular expression for all patterns: these are matched at every instruction."""
+    alternatives = []
+    for item in items:
+        try:
+            pattern = BytePattern.parse(item)
+        except ValueError as error:
+            source.fail(source.line_of_item(number, item), str(error))
+        want = pattern.value.to_bytes(pattern.length, "big")
+        mask = pattern.mask.to_bytes(pattern.length, "big")
+        alternatives.append(b"".join(_byte_class(w, m) for w, m in zip(want, mask, strict=True)))
+    return re.compile(b"|".join(alternatives), re.DOTALL) if alternatives else None
+
+
+def _byte_class(want: int, mask: int) -> bytes:
+    return b"[%s]" % b"".join(b"\\x%02x" % b for b in range(256) if b & mask == want)
+
+
+def _items(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _lookup(item: str, names: Mapping[str, int], *, globs: bool) -> list[int]:
+    if globs and any(c in item for c in "*?["):
+        matches = re.compile(fnmatch.translate(item)).match
+        return [number for name, number in names.items() if matches(name)]
+    return [names[item]] if item in names else []
+
+
+@cache
+def _instruction_forms() -> dict[str, int]:
+    return {n: code for n, code in _numbers(FORM_NAMES).items() if code not in _NO_INSTRUCTION}
+
+
+def _numbers(names: dict[int, str]) -> dict[str, int]:
+    return {name: number for number, name in names.items() if isinstance(number, int)}
+
+
+def _nearest(name: object, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(str(name), names, 1, 0.6) if name else []
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _type(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "a table"}
+    return names.get(type(value), type(value).__name__)
+
+
+class _Source:
+    """The text of one policy file, its TOML value, and the lines that tomllib does not tell."""
+
+    _HEADER = re.compile(r"\s*\[\[\s*rule\s*\]\]")
+
+    def __init__(self, text: str, filename: str) -> None:
+        self.filename = filename
+        self.lines = text.splitlines()
+        try:
+            self.table: dict[str, Any] = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            found = re.search(r"\(at line (\d+), column \d+\)", str(error))
+            line = int(found[1]) if found else len(self.lines)
+            reason = re.sub(r" \(at .*\)$", "", str(error))
+            self.fail(line, f"not valid TOML: {reason[:1].lower()}{reason[1:]}")
+        self._starts = self._rule_starts()
+
+    def fail(self, line: int, reason: str, hint: str = "") -> NoReturn:
+        """Raise :class:`PolicyError` for ``line`` (counted from 1)."""
+        raise PolicyError(f"{self.filename}:{line}: {reason}{hint}")
+
+    def rules(self) -> list[tuple[int, dict[str, Any]]]:
+        """(line, table) of each rule."""
+        return list(zip(self._starts, self.table.get("rule", []), strict=True))
+
+    def line_of_key(self, key: str, rule: int | None = None) -> int:
+        """Where ``key`` is set: in a rule, or at the top."""
+        return self._find(re.compile(rf"\s*\[*\s*[\"']?{re.escape(key)}\b"), rule)
+
+    def line_of_item(self, rule: int, item: str) -> int:
+        """Where a rule names ``item``."""
+        return self._find(re.compile(rf".*([\"']){re.escape(item)}\1"), rule)
+
+    def _find(self, pattern: re.Pattern[str], rule: int | None) -> int:
+        """First line of a rule (or of the file) that matches, else the line where it starts."""
+        ends = [*self._starts, len(self.lines) + 1]
+        first, end = (1, len(self.lines) + 1) if rule is None else ends[rule : rule + 2]
+        for line in range(first, end):
+            if pattern.match(self.lines[line - 1]):
+                return line
+        return first
+
+    def _rule_starts(self) -> list[int]:
+        rules = self.table.get("rule", [])
+        if not isinstance(rules, list) or not all(isinstance(r, dict) for r in rules):
+            self.fail(self._line_of_rule_key(), "write every rule under its own [[rule]] line")
+        starts = [n for n, text in enumerate(self.lines, 1) if self._HEADER.match(text)]
+        if len(starts) != len(rules):  # a header inside a text of several lines, which is no rule
+            starts = [n for n in starts if self._is_toml(self.lines[: n - 1])]
+        if len(starts) != len(rules):
+            self.fail(self._line_of_rule_key(), "write every rule under its own [[rule]] line")
+        return starts
+
+    def _line_of_rule_key(self) -> int:
+        matches = (n for n, text in enumerate(self.lines, 1) if re.match(r"\s*\[*\s*rule\b", text))
+        return next(matches, 1)
+
+    @staticmethod
+    def _is_toml(lines: list[str]) -> bool:
+        try:
+            tomllib.loads("\n".join(lines))
+        except tomllib.TOMLDecodeError:
+            return False
+        return True
