@@ -81,11 +81,15 @@ def not_comparable(form: str) -> str | None:
 
 
 def is_undefined(insn: Insn, state: State) -> bool:
-    """Whether the result is undefined for this state: 16-bit SHLD, SHRD by more than 16."""
-    if insn.mnemonic not in ("shld", "shrd") or "RM16" not in insn.form:
-        return False
-    count = state.gpr[RCX] if insn.form.endswith("CL") else insn.iced.immediate8
-    return count & 31 > 16
+    """Whether what happens is up to the CPU for this state: 16-bit SHLD and SHRD by more than 16,
+    MASKMOVDQU with an empty mask (which may or may not fault)."""
+    if insn.mnemonic in ("shld", "shrd") and "RM16" in insn.form:
+        count = state.gpr[RCX] if insn.form.endswith("CL") else insn.iced.immediate8
+        return count & 31 > 16
+    if insn.mnemonic in ("maskmovdqu", "vmaskmovdqu"):
+        mask = state.vector(RegisterInfo(insn.iced.op2_register).number, 16)
+        return not any(byte & 0x80 for byte in mask)
+    return False
 
 
 @lru_cache(maxsize=4096)
