@@ -112,8 +112,8 @@ class Guest:
         return address
 
     def path(self, text: str | bytes) -> int:
-        """Store a path at the end of scratch memory; where."""
-        return self.put(os.fsencode(text) + b"\0", SCRATCH + SCRATCH_SIZE - 0x1000)
+        """Store a path in the second half of scratch memory; where."""
+        return self.put(os.fsencode(text) + b"\0", SCRATCH + SCRATCH_SIZE // 2)
 
     def get(self, size: int, address: int = SCRATCH) -> bytes:
         return self.cpu.read(address, size)
