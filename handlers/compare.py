@@ -31,7 +31,7 @@ def _into_mask(ufunc: Callable[..., Any]) -> Plan:
 
         def step() -> None:
             ufunc(a, b, truth)
-            np.copyto(out, truth)
+            out[...] = truth
             np.negative(out, out)
 
         return step

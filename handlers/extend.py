@@ -15,7 +15,10 @@ _SIZE = {"b": 1, "w": 2, "d": 4, "q": 8}
 
 
 def _extend(form: Form, a: Lanes, out: Lanes) -> Step:
-    return lambda: np.copyto(out, a)
+    def step() -> None:
+        out[...] = a
+
+    return step
 
 
 EXTEND = [
@@ -35,11 +38,11 @@ def _pack(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     blocks, lanes = a.shape
     pool = np.empty((blocks, 2, lanes), a.dtype)
     low, high = pool[:, 0], pool[:, 1]
-    store = saturate_into(pool, out.reshape(pool.shape))
+    store = saturate_into(pool.reshape(-1), out)
 
     def step() -> None:
-        np.copyto(low, a)
-        np.copyto(high, b)
+        low[...] = a
+        high[...] = b
         store()
 
     return step

@@ -96,7 +96,7 @@ class Gather(Handler):
         index_lanes = cpu.vec.lanes(indices, f"i{self.index}", count * self.index)
         mask_lanes = cpu.vec.lanes(mask, f"i{lane}", count * lane)
         raw, start = cpu.vec.raw, VECTOR_BYTES * target
-        zero: Any = np.zeros(1, mask_lanes.dtype)
+        zero: Any = np.array(0, mask_lanes.dtype)
 
         def step() -> None:
             chosen = np.less(mask_lanes, zero).nonzero()[0].tolist()

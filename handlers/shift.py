@@ -25,7 +25,7 @@ _SIZE = {"w": 2, "d": 4, "q": 8}
 
 def _by_immediate(ufunc: Callable[..., Any]) -> Plan:
     def plan(form: Form, a: Lanes, out: Lanes) -> Step:
-        count = np.array([min(form.imm, 8 * a.itemsize)], a.dtype)
+        count = np.array(min(form.imm, 8 * a.itemsize), a.dtype)
         return partial(ufunc, a, count, out)
 
     return plan
@@ -35,8 +35,8 @@ def _by_register(ufunc: Callable[..., Any]) -> Plan:
     def plan(form: Form, a: Lanes, source: memoryview, out: Lanes) -> Step:
         """All 64 low bits of the source are the count."""
         whole_count, width = source.cast("Q"), 8 * a.itemsize
-        count = np.zeros(1, a.dtype)
-        item = count.data
+        count = np.array(0, a.dtype)
+        item = count.reshape(1).data
 
         def step() -> None:
             item[0] = min(whole_count[0], width)

@@ -249,7 +249,7 @@ def pshufb(form: Form, data: memoryview, index: memoryview, out: memoryview) -> 
 
 @operation("vpermd vpermps", "u4,u4->u4", Extent.WHOLE)
 def vpermd(form: Form, index: Lanes, data: Lanes, out: Lanes) -> Step:
-    low = np.full(len(index), len(data) - 1, "u4")
+    low = np.array(len(data) - 1, "u4")
     return lambda: data.take(index & low, None, out, "clip")
 
 
@@ -259,7 +259,7 @@ def _select_in_block(bit: int) -> Callable[[Form, Lanes, Lanes, Lanes], Step]:
     def plan(form: Form, data: Lanes, index: Lanes, out: Lanes) -> Step:
         in_block = 16 // data.itemsize
         base = np.arange(len(data)) // in_block * in_block
-        mask = np.full(len(data), in_block - 1, index.dtype)
+        mask = np.array(in_block - 1, index.dtype)
         return lambda: data.take((index >> bit & mask).astype("i8") + base, None, out, "clip")
 
     return plan
@@ -272,12 +272,12 @@ VARIABLE_PERMIL = [
 
 
 def _blend_by_sign(form: Form, a: Lanes, b: Lanes, mask: Lanes, out: Lanes) -> Step:
-    chosen, zero = np.zeros(len(out), bool), np.zeros(1, mask.dtype)
+    chosen, zero = np.zeros(len(out), bool), np.array(0, mask.dtype)
 
     def step() -> None:
         np.less(mask, zero, chosen)
-        np.copyto(out, a)
-        np.copyto(out, b, where=chosen)
+        out[...] = a
+        np.copyto(out, b, "same_kind", chosen)
 
     return step
 
