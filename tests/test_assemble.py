@@ -94,7 +94,6 @@ def test_labels_follow_the_address() -> None:
         "mov rax, [rax+0x100000000]",
         "nop dword ptr [rax]",
         "mov eax, -label",
-        "jrcxz label+200",
         "mov eax, [label-other+rax]",
     ],
 )
@@ -105,6 +104,11 @@ def test_wrong_encodings_of_keystone_are_refused(line: str) -> None:
     assert line in str(e.value)
     assert ".byte" in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_short_branch_that_wraps_around_is_refused() -> None:
+    with pytest.raises(GuestImageError, match=r"^<asm>:1: keystone assembles this wrongly"):
+        assemble("jrcxz far\n.space 200\nfar: hlt")
 
 
 def test_refused_evex_displacement_says_why() -> None:
