@@ -14,8 +14,10 @@ from sandbox.decode import MAX_LENGTH, DecodeError, decode
 _LEGACY_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _REX = range(0x40, 0x50)
 _VEX = (0xC4, 0xC5)
-_UNKNOWN = frozenset(b"\x27\x37\x3f\x62\x63\x9b\xf1")
-"""One-byte opcodes without an entry (63 has one in 64-bit mode)."""
+_UNKNOWN = frozenset(b"\x27\x37\x3f\x62\x9b\xf1")
+"""One-byte opcodes without an entry."""
+_ESCAPES = range(0xD8, 0xE0)
+"""x87: given up after ModRM, but for fnstcw, fnstsw (``/7`` with memory) and fninit."""
 _KNOWN_0F = frozenset(
     bytes.fromhex("00 01 05 06 08 09 0d 10 11 18 1f 20 21 22 23 28 29 2b 30 31 32 33 34 35 6f 7f")
     + bytes(range(0x40, 0x50))
@@ -50,15 +52,24 @@ def _needed(data: bytes, bitness: int) -> int:
         return at + 2  # taken for LES or LDS, which has a ModRM byte
     if opcode[0] == 0x0F:
         if opcode[1] == 0x38:
-            return at + 3 if opcode[2] not in _KNOWN_0F38 else _length(data, bitness, at + 3)
-        return at + 2 if opcode[1] not in _KNOWN_0F else _length(data, bitness, at + 2)
-    if opcode[0] in _UNKNOWN and not (opcode[0] == 0x63 and bitness == 64):
-        return at + 1
-    return _length(data, bitness, at + 1)
+            return at + 3 if opcode[2] not in _KNOWN_0F38 else _length(data, bitness, at + 4)
+        return at + 2 if opcode[1] not in _KNOWN_0F else _length(data, bitness, at + 3)
+    if opcode[0] in _ESCAPES and not _is_known_escape(opcode[0], opcode[1]):
+        return at + 2
+    if opcode[0] == 0x63 and bitness != 64:
+        return at + 2
+    return at + 1 if opcode[0] in _UNKNOWN else _length(data, bitness, at + 2)
 
 
-def _length(data: bytes, bitness: int, at_least: int) -> int:
+def _is_known_escape(opcode: int, modrm: int) -> bool:
+    if modrm < 0xC0:
+        return opcode in (0xD9, 0xDD) and modrm >> 3 & 7 == 7
+    return (opcode, modrm) == (0xDB, 0xE3)
+
+
+def _length(data: bytes, bitness: int, to_modrm: int) -> int:
+    """Length of an instruction that the kernel knows; if it is no instruction, ModRM tells it."""
     try:
         return decode(data, bitness).length
     except DecodeError as error:
-        return MAX_LENGTH if error.truncated else at_least
+        return MAX_LENGTH if error.truncated else to_modrm

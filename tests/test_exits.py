@@ -273,8 +273,11 @@ def test_fetch_stops_at_the_page_end_as_measured_with_vaddps(remaining: int, siz
         ("660f3800c1", 64, 4),  # a prefix and a three-byte opcode
         ("f30f58c1", 64, 3),  # addss
         ("66480f6ec0", 64, 4),  # two prefixes, movq
-        ("d900", 64, 2),  # flds: decoded whole
-        ("d98578563412", 64, 6),  # flds with disp32
+        ("d98578563412", 64, 2),  # flds: given up after ModRM
+        ("d9bd78563412", 64, 6),  # fnstcw: decoded whole
+        ("dbe3", 64, 2),  # fninit
+        ("63c0", 32, 2),  # arpl
+        ("0f38f0c1", 64, 4),  # movbe between registers: no such thing, seen after ModRM
         ("4058", 32, 1),  # no REX outside 64-bit mode: inc eax
     ],
 )
