@@ -1,7 +1,16 @@
 """The handler tier: instruction semantics by family of operation.
 
-``PACKS`` names the packs that come with the project; each is the dotted name of a module of this
-package whose ``PACK`` is a :class:`sandbox.handler.Pack`. Modules are imported when asked for.
+``PACKS`` names the packs that come with the project and the modules that hold them as ``PACK``, a
+:class:`sandbox.handler.Pack`. Modules are imported when asked for.
 """
 
 from __future__ import annotations
+
+from typing import Final
+
+PACKS: Final = {
+    "avx2": "handlers.avx2",
+    "integer": "handlers.integer_pack",
+    "linux": "handlers.linux",
+    "system": "handlers.system",
+}

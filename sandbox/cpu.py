@@ -8,10 +8,13 @@ instruction's memory operand into one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from iced_x86 import Register
 
+from sandbox.memory import MmioRead
 from sandbox.registers import FS, GS, SS, Registers
 
 if TYPE_CHECKING:
@@ -79,6 +82,8 @@ class Cpu:
         self.check_write = memory.check_write
         self.services: dict[str, Any] = {}
         """State that a pack keeps per vCPU (the Linux pack its process), by pack name."""
+        self._undo: list[Callable[[], None]] | None = None
+        self._saved: tuple[bytes, bytes, bytes, int] = (b"", b"", b"", 0)
 
     @property
     def rip(self) -> int:
@@ -91,7 +96,7 @@ class Cpu:
 
     @rflags.setter
     def rflags(self, value: int) -> None:
-        self.registers.bank.write("rflags", value)
+        self._put("rflags", value)
 
     @property
     def mxcsr(self) -> int:
@@ -99,7 +104,13 @@ class Cpu:
 
     @mxcsr.setter
     def mxcsr(self, value: int) -> None:
-        self.registers.bank.write("mxcsr", value)
+        self._put("mxcsr", value)
+
+    def _put(self, name: str, value: int) -> None:
+        bank = self.registers.bank
+        if self._undo is not None:
+            self._undo.append(partial(bank.write, name, bank.read(name)))
+        bank.write(name, value)
 
     @property
     def cpl(self) -> int:
@@ -122,6 +133,38 @@ class Cpu:
     def address(self, insn: Insn) -> int:
         """Linear address of the instruction's memory operand, now."""
         return bind_address(self, insn)()
+
+    def begin(self) -> None:
+        """From here on, :meth:`rollback` can undo what is written to GPRs, RIP, RFLAGS, MXCSR,
+        vectors, opmasks and memory (RAM; what a device was told stays told)."""
+        self._saved = (bytes(self.gpr), bytes(self.vec.raw), bytes(self.opmask), self.rip)
+        self._undo = []
+        self.write = self._write_undoable
+
+    def commit(self) -> None:
+        """What was written since :meth:`begin` stands."""
+        self._undo = None
+        self.write = self.memory.write
+
+    def rollback(self) -> None:
+        """Undo everything written since :meth:`begin`."""
+        undo = self._undo or []
+        self.commit()
+        for step in reversed(undo):
+            step()
+        gpr, vectors, opmask, rip = self._saved
+        self.gpr[:] = memoryview(gpr).cast("Q")
+        self.vec.raw[:] = vectors
+        self.opmask[:] = memoryview(opmask).cast("Q")
+        self.registers.rip = rip
+
+    def _write_undoable(self, address: int, data: bytes) -> None:
+        self.memory.check_write(address, len(data))
+        if self._undo is not None:
+            with suppress(MmioRead):
+                before = self.memory.read(address, len(data))
+                self._undo.append(partial(self.memory.write, address, before))
+        self.memory.write(address, data)
 
 
 _GPR64 = {getattr(Register, n): i for i, n in enumerate(

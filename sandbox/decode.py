@@ -18,7 +18,7 @@ MAX_LENGTH = 15
 
 
 def _names(enum: Any) -> dict[int, str]:
-    return {value: name for name, value in vars(enum).items() if not name.startswith("_")}
+    return {value: name for name, value in vars(enum).items() if isinstance(value, int)}
 
 
 FORM_NAMES: dict[int, str] = _names(Code)
@@ -45,6 +45,11 @@ class Insn:
         self.iced = iced
         self.code: int = iced.code
         """iced-x86 ``Code``: the exact instruction form."""
+
+    @classmethod
+    def undefined(cls, data: bytes, bitness: int) -> Insn:
+        """Bytes that are no instruction: ``code`` is ``Code.INVALID``, the length unknown."""
+        return cls(data, bitness, Instruction())
 
     @property
     def mnemonic(self) -> str:

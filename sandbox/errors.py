@@ -27,6 +27,10 @@ class HandlerError(SandboxError):
     """A handler raised an error of its own; names the handler and the guest instruction."""
 
 
+class HandlerTimeoutError(HandlerError):
+    """A handler did not return in time and was interrupted."""
+
+
 class KvmError(SandboxError, OSError):
     """An ioctl of the KVM contract was refused; ``errno`` is what the kernel would return."""
 

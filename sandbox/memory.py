@@ -81,8 +81,9 @@ class PhysicalMemory:
         self.on_slot: list[Callable[[Slot], None]] = []
         """Called with each new slot: the engine maps it."""
         self.on_unslot: list[Callable[[Slot], None]] = []
-        self.code_pages: set[int] = set()
-        """Numbers of physical pages that hold translated code; kept by the engine."""
+        self.code_pages: dict[int, set[int]] = {}
+        """Physical pages that hold translated code, with the linear pages they run at (page
+        numbers); kept by the engine."""
         self.on_code_write: Callable[[int, int], None] | None = None
         """Called with (address, size) after a write of ours into such a page."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sandbox.cpu import GP, PF_, Fault, is_canonical
-from sandbox.memory import PAGE_MASK, PAGE_SIZE, PhysicalMemory, Slot
+from sandbox.memory import PAGE_MASK, PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.registers import AC
 
 PRESENT, WRITE, USER, ACCESSED, DIRTY, LARGE, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
@@ -179,11 +179,13 @@ class PagedMemory:
         )
         self._readable: dict[int, tuple[Slot, int]] = {}
         self._writable: dict[int, tuple[Slot, int]] = {}
+        self._executable: dict[int, tuple[Slot, int]] = {}
 
     def flush(self) -> None:
         """Forget all translations."""
         self._readable.clear()
         self._writable.clear()
+        self._executable.clear()
 
     def flush_writable(self) -> None:
         """Forget which pages may be written directly (a page became a code page)."""
@@ -199,15 +201,34 @@ class PagedMemory:
         return b"".join(self._read_parts(address, size, self._accesses[0]))
 
     def fetch(self, address: int, size: int) -> bytes:
-        """Read for execution: execute permission, no caching."""
+        """Read for execution: execute permission."""
+        at = address & PAGE_MASK
+        if at + size <= PAGE_SIZE:
+            found = self._executable.get(address >> 12)
+            if found is not None:
+                at += found[1]
+                return found[0].host[at : at + size]
         return b"".join(self._read_parts(address, size, self._accesses[2]))
+
+    def code_page(self, address: int) -> tuple[Slot, int]:
+        """The slot that holds the code page of ``address``, and the page's offset in it.
+
+        Raises :class:`Fault`, or :class:`MmioRead` for a page in no slot.
+        """
+        found = self._executable.get(address >> 12)
+        if found is None:
+            physical = self._translate(address, self._accesses[2])
+            self._remember(self._executable, address, physical)
+            found = self._executable.get(address >> 12)
+            if found is None:
+                raise MmioRead(physical, 1)
+        return found
 
     def _read_parts(self, address: int, size: int, access: Access) -> list[bytes]:
         spans = [
             (self._translate(part, access), n) for part, n in _page_parts(address, size)
         ]  # all translated first: a fault comes before any MMIO
-        if access.fetch is False:
-            self._remember(self._readable, address, spans[0][0])
+        self._remember(self._executable if access.fetch else self._readable, address, spans[0][0])
         return [self._physical.read(physical, n) for physical, n in spans]
 
     def check_write(self, address: int, size: int) -> None:

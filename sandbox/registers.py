@@ -116,7 +116,8 @@ class Registers:
     def __init__(self, gpr: memoryview, rip: memoryview, vectors: memoryview, bank: Bank) -> None:
         self.gpr = gpr
         """RAX RCX RDX RBX RSP RBP RSI RDI R8..R15 (the encoding's order), item assignment."""
-        self._rip = rip
+        self.rip_view = rip
+        """One 64-bit item: RIP."""
         self.vec = Vectors(vectors)
         self.bank = bank
         self._own = (ctypes.c_uint64 * 8)()
@@ -128,11 +129,11 @@ class Registers:
     @property
     def rip(self) -> int:
         """Address of the next instruction; inside a handler, of the instruction itself."""
-        return self._rip[0]
+        return self.rip_view[0]
 
     @rip.setter
     def rip(self, value: int) -> None:
-        self._rip[0] = value & 0xFFFF_FFFF_FFFF_FFFF
+        self.rip_view[0] = value & 0xFFFF_FFFF_FFFF_FFFF
 
     @property
     def rflags(self) -> int:

@@ -1,0 +1,65 @@
+"""What a vCPU asks of an engine: the contract that Unicorn and Linux KVM both fulfil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Protocol
+
+from sandbox.decode import Insn
+from sandbox.paging import PagedMemory
+from sandbox.registers import Registers
+
+
+class Stop(IntEnum):
+    """Why :meth:`Engine.enter` came back. RIP is at the instruction concerned."""
+
+    INSN = 0
+    """An instruction that the engine cannot run or must not run."""
+    EXCEPTION = 1
+    """The guest raised an exception: see ``vector`` and ``error_code``."""
+    MMIO = 2
+    """An instruction touched guest physical memory that is in no slot, or wrote to ROM."""
+    FETCH = 3
+    """The next instruction lies in no slot."""
+    ASKED = 4
+    """:meth:`Engine.stop` was called."""
+
+
+class Engine(Protocol):
+    """Runs guest code until something needs the machine."""
+
+    registers: Registers
+    memory: PagedMemory
+    """Guest memory with the rights of the running code."""
+    system_memory: PagedMemory
+    """The same with the rights of the processor itself (descriptor tables, event delivery)."""
+    vector: int
+    error_code: int
+    generation: int
+    """Changes whenever what was found at a linear address may no longer hold."""
+
+    def enter(self) -> Stop:
+        """Run from RIP; no other method but :meth:`stop` may be called meanwhile."""
+        ...
+
+    def stop(self) -> None:
+        """Make :meth:`enter` come back soon; may be called from any thread."""
+        ...
+
+    def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
+        """Which forms (indexed by iced-x86 ``Code``) are never run; takes effect at once.
+
+        ``traps_insn`` is asked about each instruction, if given: for rules about bytes.
+        """
+        ...
+
+    def flush_translations(self) -> None:
+        """Page tables were changed behind the guest's back."""
+        ...
+
+    def sync(self) -> None:
+        """Drop cached translations if the guest may have changed them; call after each stop."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,381 @@
+"""The fast path: Unicorn runs guest code natively, and only the forms it may run.
+
+The allowlist costs nothing in steady state. Unicorn reports each block once, when it is
+translated and before it first runs. The block is decoded there; if it holds a trapped
+instruction, the engine stops, puts an invalid opcode over that instruction in host memory (where
+Unicorn does not see the write), translates the block again, now ending in a trap, and restores the
+bytes before the block runs: a guest that reads its own code sees its own bytes.
+
+The same decoding is the cross-check that no instruction is smuggled past the policy: where our
+decoder and Unicorn's disagree about a block, the block is not run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from iced_x86 import Decoder, Instruction
+
+from sandbox.cpu import Fault
+from sandbox.decode import Insn, decode
+from sandbox.engine.protocol import Stop
+from sandbox.engine.unicorn_library import (
+    UC_ERR_FETCH_PROT,
+    UC_ERR_FETCH_UNMAPPED,
+    UC_ERR_INSN_INVALID,
+    UC_ERR_OK,
+    UC_ERR_READ_PROT,
+    UC_ERR_READ_UNMAPPED,
+    UC_ERR_WRITE_PROT,
+    UC_ERR_WRITE_UNMAPPED,
+    UC_HOOK_EDGE_GENERATED,
+    UC_HOOK_INTR,
+    UC_PROT_ALL,
+    UC_PROT_READ_EXEC,
+    EdgeCallback,
+    InterruptCallback,
+    TranslationBlock,
+    library,
+    x86,
+)
+from sandbox.engine.unicorn_state import CR0_PG, HF_CPL, HF_CS32, HF_CS64, HF_LMA, UnicornBank
+from sandbox.errors import EngineError
+from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
+from sandbox.paging import PagedMemory, Walker
+
+_MMIO_ERRORS = frozenset(
+    {UC_ERR_READ_UNMAPPED, UC_ERR_WRITE_UNMAPPED, UC_ERR_WRITE_PROT, UC_ERR_READ_PROT}
+)
+_FETCH_ERRORS = frozenset({UC_ERR_FETCH_UNMAPPED, UC_ERR_FETCH_PROT})
+
+_BREAKPOINT = 3
+_INVALID_64 = b"\x06"  # push es
+_INVALID_LEGACY = b"\x0f\x0b"  # ud2: 16- and 32-bit code has no invalid opcode of one byte
+_INT3 = b"\xcc"  # where a page ends: real INT3s are trapped, so this one can only be the patch
+_TWO_BLOCKS = b"\xeb\x00\xf4"  # jmp $+2; hlt
+_VIEW = HF_CPL | HF_CS32 | HF_CS64 | HF_LMA
+
+
+@dataclass(frozen=True, slots=True)
+class _Patch:
+    """A trap to be translated into the block at ``block``: where, over which bytes."""
+
+    block: int
+    linear: int
+    spans: tuple[tuple[Slot, int, bytes, bytes], ...]
+    """(slot, offset, the guest's bytes, the trap's bytes)"""
+
+
+class UnicornEngine:
+    """A vCPU on Unicorn. ``trusted_root`` is the CR3 of page tables that only we change."""
+
+    def __init__(self, physical: PhysicalMemory) -> None:
+        self._library = library()
+        self._handle = self._library.open()
+        self._library.use_model(self._handle, x86.UC_CPU_X86_ICELAKE_SERVER)
+        self._library.use_no_exits(self._handle)
+        self._physical = physical
+        self._bank = UnicornBank(self._handle)
+        self.registers = self._bank.registers()
+        walker = Walker(self._bank, physical)
+        self.memory = PagedMemory(walker, physical)
+        self.system_memory = PagedMemory(walker, physical, implicit=True)
+        self.trusted_root: int | None = None
+        self.vector = self.error_code = self.generation = 0
+        self._traps = b""
+        self._reported: list[int] = []
+        self._traps_insn: Callable[[Insn], bool] | None = None
+        self._patch: _Patch | None = None
+        self._applied: _Patch | None = None
+        self._exception = -1
+        self._failure: BaseException | None = None
+        self._view = 0
+        self._cr3 = self._cs_base = 0
+        self._instruction = Instruction()
+        self._closed = False
+        self._add_hooks()
+        self._prepare_start()
+        self._first_blocks()
+        self._bank.on_control = self._flush
+        for slot in physical.slots:
+            self._map(slot)
+        physical.on_slot.append(self._map)
+        physical.on_unslot.append(self._unmap)
+        physical.on_code_write = self._code_written
+
+    @property
+    def bank(self) -> UnicornBank:
+        return self._bank
+
+    def _add_hooks(self) -> None:
+        call = self._library.call
+        self._callbacks = (EdgeCallback(self._on_block), InterruptCallback(self._on_interrupt))
+        always = ctypes.c_uint64(1), ctypes.c_uint64(0)  # begin > end: at every address
+        for kind, callback in zip(
+            (UC_HOOK_EDGE_GENERATED, UC_HOOK_INTR), self._callbacks, strict=True
+        ):
+            hook = ctypes.c_size_t()
+            error = call.uc_hook_add(
+                self._handle, ctypes.byref(hook), kind, callback, None, *always
+            )
+            self._library.check(error, "uc_hook_add")
+
+    def _prepare_start(self) -> None:
+        """Arguments made once: converting them would cost more than the call."""
+        self._pc = ctypes.c_uint64()
+        self._start = self._library.free.uc_emu_start
+        self._start_rest = (ctypes.c_uint64(0), ctypes.c_uint64(0), ctypes.c_size_t(0))
+
+    def _first_blocks(self) -> None:
+        """Run two blocks of our own, and see that blocks are reported from then on.
+
+        Unicorn reports a block only when another ran before it. The allowlist stands on these
+        reports, so an engine that does not make them is refused.
+        """
+        page = 0x1000
+        memory = ctypes.create_string_buffer(2 * PAGE_SIZE)
+        aligned = (ctypes.addressof(memory) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+        ctypes.memmove(aligned, _TWO_BLOCKS, len(_TWO_BLOCKS))
+        where = ctypes.c_uint64(page), ctypes.c_size_t(PAGE_SIZE)
+        call, check = self._library.call, self._library.check
+        check(
+            call.uc_mem_map_ptr(self._handle, *where, UC_PROT_ALL, ctypes.c_void_p(aligned)),
+            "uc_mem_map_ptr",
+        )
+        self._pc.value = page
+        for _round in range(2):
+            self._reported.clear()
+            check(self._start(self._handle, self._pc, *self._start_rest), "uc_emu_start")
+            self._library.flush_blocks(self._handle)
+        if self._reported != [page, page + 2]:
+            raise EngineError("this build of Unicorn does not report the blocks it translates")
+        check(call.uc_mem_unmap(self._handle, *where), "uc_mem_unmap")
+        self.registers.rip = 0
+
+    def _map(self, slot: Slot) -> None:
+        error = self._library.call.uc_mem_map_ptr(
+            self._handle,
+            ctypes.c_uint64(slot.base),
+            ctypes.c_size_t(slot.size),
+            UC_PROT_READ_EXEC if slot.readonly else UC_PROT_ALL,
+            ctypes.c_void_p(slot.address),
+        )
+        self._library.check(error, f"mapping the slot at {slot.base:#x}")
+        self._flush()
+
+    def _unmap(self, slot: Slot) -> None:
+        error = self._library.call.uc_mem_unmap(
+            self._handle, ctypes.c_uint64(slot.base), ctypes.c_size_t(slot.size)
+        )
+        self._library.check(error, f"unmapping the slot at {slot.base:#x}")
+        self._library.flush_blocks(self._handle)
+        self._flush()
+
+    # -- running ------------------------------------------------------------------------------
+
+    def enter(self) -> Stop:
+        """Run from RIP until there is something to do outside."""
+        pc, rip = self._pc, self.registers.rip_view
+        while True:
+            pc.value = rip[0]
+            error = self._start(self._handle, pc, *self._start_rest)
+            if error == UC_ERR_INSN_INVALID and self._applied is None:
+                return Stop.INSN
+            stop = self._classify(error)
+            if stop is not None:
+                return stop
+
+    def _classify(self, error: int) -> Stop | None:
+        """What a stop other than the plain trap means; None: go on."""
+        if self._applied is not None:
+            self._restore()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._exception >= 0:
+            self.vector, self._exception = self._exception, -1
+            return self._excepted()
+        if error == UC_ERR_INSN_INVALID:
+            return Stop.INSN
+        if self._patch is not None:
+            self._apply()
+            return None
+        if error in _MMIO_ERRORS:
+            return Stop.MMIO
+        if error in _FETCH_ERRORS:
+            return Stop.FETCH
+        self._library.check(error, f"running at {self.registers.rip:#x}")
+        assert error == UC_ERR_OK
+        return Stop.ASKED
+
+    def _excepted(self) -> Stop:
+        words = self._bank.words
+        code = words[self._bank.error_code_index]
+        self.error_code = code - (1 << 32) if code >> 31 else code
+        words[self._bank.old_exception_index] = 0xFFFF_FFFF  # delivery is ours: none in flight
+        if self.vector == _BREAKPOINT:
+            self.registers.rip -= 1
+            return Stop.INSN
+        return Stop.EXCEPTION
+
+    def stop(self) -> None:
+        if not self._closed:
+            self._library.free.uc_emu_stop(self._handle)
+
+    def sync(self) -> None:
+        words, quads = self._bank.words, self._bank.quads
+        view, cr3 = words[self._bank.hflags_index] & _VIEW, quads[self._bank.cr_index + 3]
+        cs_base = quads[self._bank.cs_base_index]
+        if (
+            view != self._view
+            or cr3 != self._cr3
+            or cs_base != self._cs_base
+            or (cr3 != self.trusted_root and quads[self._bank.cr_index] & CR0_PG)
+        ):
+            self._view, self._cr3, self._cs_base = view, cr3, cs_base
+            self._flush()
+
+    def _flush(self) -> None:
+        self.generation += 1
+        self.memory.flush()
+        self.system_memory.flush()
+
+    def flush_translations(self) -> None:
+        self._flush()
+        self._bank.flush_tlb()
+
+    def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
+        self._traps = traps
+        self._traps_insn = traps_insn
+        self._library.flush_blocks(self._handle)
+
+    def close(self) -> None:
+        """Free the engine; it must not be running."""
+        if not self._closed:
+            self._closed = True
+            self._physical.on_slot.remove(self._map)
+            self._physical.on_unslot.remove(self._unmap)
+            self._library.call.uc_close(self._handle)
+
+    # -- callbacks: they note what happened and stop, nothing else ------------------------------
+
+    def _on_interrupt(self, _handle: int, vector: int, _data: int) -> None:
+        self._exception = vector
+        self._library.free.uc_emu_stop(self._handle)
+
+    def _on_block(
+        self,
+        _handle: int,
+        current: ctypes._Pointer[TranslationBlock],
+        _previous: ctypes._Pointer[TranslationBlock],
+        _data: int,
+    ) -> None:
+        try:
+            block = current[0]
+            if not self._traps:
+                self._reported.append(block.pc)
+                return
+            applied = self._applied
+            if applied is not None:
+                self._restore()
+                if applied.block == block.pc:
+                    return
+            self._patch = self._check_block(block.pc, block.size, block.icount)
+        except BaseException as error:  # noqa: BLE001 - ctypes would swallow it; enter() raises it
+            self._failure = error
+        if self._patch is not None or self._failure is not None:
+            self._library.free.uc_emu_stop(self._handle)
+
+    # -- the allowlist ----------------------------------------------------------------------------
+
+    def _check_block(self, start: int, size: int, count: int) -> _Patch | None:
+        """Decode a new block; the patch that its first trapped instruction needs, if any."""
+        self.sync()
+        bitness = self._bank.bitness
+        code = self._code(start, size, bitness)
+        decoder = Decoder(bitness, code, ip=start)
+        traps, asked, instruction = self._traps, self._traps_insn, self._instruction
+        at = last = seen = 0
+        while at < size:
+            decoder.decode_out(instruction)
+            if traps[instruction.code]:
+                return self._make_patch(start, start + at)
+            last = at
+            at = decoder.position
+            if asked is not None and asked(decode(code[last:at], bitness)):
+                return self._make_patch(start, start + last)
+            seen += 1
+        if at == size and seen == count:
+            return None
+        # Unicorn and our decoder disagree. If only about the last instruction, trap that one.
+        return self._make_patch(start, start + (last if seen == count else 0))
+
+    def _code(self, start: int, size: int, bitness: int) -> bytes:
+        """The block's bytes, and up to 15 more for the instruction that Unicorn cut short."""
+        mask = (1 << 64) - 1 if bitness == 64 else 0xFFFF_FFFF
+        code = b""
+        want = size + 15
+        while len(code) < want:
+            address = (start + len(code)) & mask
+            try:
+                slot, page = self.memory.code_page(address)
+            except (Fault, MmioRead):
+                if len(code) >= size:
+                    break
+                raise
+            at = address % PAGE_SIZE
+            end = min(PAGE_SIZE, at + want - len(code))
+            self._note_code_page((slot.base + page) >> 12, address >> 12)
+            code += slot.host[page + at : page + end]
+        return code
+
+    def _note_code_page(self, physical: int, linear: int) -> None:
+        runs_at = self._physical.code_pages.get(physical)
+        if runs_at is None:
+            runs_at = self._physical.code_pages[physical] = set()
+            self.memory.flush_writable()
+            self.system_memory.flush_writable()
+        runs_at.add(linear)
+
+    def _make_patch(self, block: int, linear: int) -> _Patch:
+        if self._bank.bitness == 64:
+            trap = _INVALID_64
+        elif linear % PAGE_SIZE == PAGE_SIZE - 1:
+            trap = _INT3
+        else:
+            trap = _INVALID_LEGACY
+        slot, page = self.memory.code_page(linear)
+        at = page + linear % PAGE_SIZE
+        original = slot.host[at : at + len(trap)]
+        return _Patch(block, linear, ((slot, at, original, trap),))
+
+    def _apply(self) -> None:
+        patch = self._applied = self._patch
+        self._patch = None
+        assert patch is not None
+        for slot, at, _original, trap in patch.spans:
+            slot.host[at : at + len(trap)] = trap
+        self._library.remove_cache(self._handle, patch.linear, patch.linear + 1)
+
+    def _restore(self) -> None:
+        patch, self._applied = self._applied, None
+        assert patch is not None
+        for slot, at, original, _trap in patch.spans:
+            slot.host[at : at + len(original)] = original
+
+    def _code_written(self, physical: int, size: int) -> None:
+        """A handler or a device wrote where translated code may be: make Unicorn forget it."""
+        end = physical + size
+        while physical < end:
+            page = physical >> 12
+            stop = min(end, (page + 1) << 12)
+            for linear in self._physical.code_pages.get(page, ()):
+                base = linear << 12
+                first, last = base + physical % PAGE_SIZE, base + (stop - 1) % PAGE_SIZE + 1
+                if self._library.remove_cache(self._handle, first, last) != UC_ERR_OK:
+                    self._library.flush_blocks(self._handle)
+            physical = stop
+        if self._bank.quads[self._bank.cr_index + 3] != self.trusted_root:
+            self._library.flush_blocks(self._handle)  # the linear addresses may be stale

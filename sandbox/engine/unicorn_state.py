@@ -1,0 +1,233 @@
+"""The register bank over Unicorn's CPU state: what handlers reach by name."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+
+from sandbox.engine.unicorn_layout import SEGMENT_BYTES, STATE_BYTES, layout, state_address
+from sandbox.engine.unicorn_library import library, x86
+from sandbox.registers import (
+    SEGMENT_NAMES,
+    VECTOR_BYTES,
+    VECTOR_COUNT,
+    DescriptorTable,
+    Registers,
+    Segment,
+)
+
+CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_PG = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 31
+CR4_OSFXSR = 1 << 9
+EFER_LMA = 1 << 10
+_FLAG_VM = 1 << 17
+
+# hflags of QEMU's CPUX86State: what of the state translated code depends on
+HF_CPL, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7
+HF_MP, HF_LMA, HF_CS64, HF_OSFXSR = 1 << 9, 1 << 14, 1 << 15, 1 << 22
+_HF_COMPUTED = HF_CPL | HF_CS32 | HF_SS32 | HF_ADDSEG | HF_PE | 7 * HF_MP | HF_LMA | HF_CS64
+_HF_COMPUTED |= HF_OSFXSR
+
+_SEGMENT = struct.Struct("<IxxxxQII")  # selector, base, limit, high dword of the descriptor
+_DESC_L, _DESC_B = 1 << 21, 1 << 22
+_TABLES = {"ldtr": 6, "tr": 7, "gdtr": 8, "idtr": 9}
+_INDEX = {name: i for i, name in enumerate(SEGMENT_NAMES)} | _TABLES
+
+_MSRS = {
+    "efer": 0xC000_0080,
+    "star": 0xC000_0081,
+    "lstar": 0xC000_0082,
+    "cstar": 0xC000_0083,
+    "fmask": 0xC000_0084,
+    "kernel_gs_base": 0xC000_0102,
+    "sysenter_cs": 0x174,
+    "sysenter_esp": 0x175,
+    "sysenter_eip": 0x176,
+}
+
+# name -> (Unicorn's register number, size in bytes)
+_API: dict[str, tuple[int, int]] = {
+    "rflags": (x86.UC_X86_REG_EFLAGS, 4),
+    "mxcsr": (x86.UC_X86_REG_MXCSR, 4),
+    "fpcw": (x86.UC_X86_REG_FPCW, 2),
+    "fpsw": (x86.UC_X86_REG_FPSW, 2),
+    "fptag": (x86.UC_X86_REG_FPTAG, 2),
+    "fip": (x86.UC_X86_REG_FIP, 8),
+    "fcs": (x86.UC_X86_REG_FCS, 2),
+    "fdp": (x86.UC_X86_REG_FDP, 8),
+    "fds": (x86.UC_X86_REG_FDS, 2),
+    "fop": (x86.UC_X86_REG_FOP, 2),
+    **{f"cr{n}": (getattr(x86, f"UC_X86_REG_CR{n}"), 8) for n in (0, 2, 3, 4)},
+    **{f"dr{n}": (getattr(x86, f"UC_X86_REG_DR{n}"), 8) for n in range(8)},
+    **{f"st{n}": (getattr(x86, f"UC_X86_REG_ST{n}"), 10) for n in range(8)},
+    **{f"mm{n}": (getattr(x86, f"UC_X86_REG_MM{n}"), 8) for n in range(8)},
+}
+
+
+_CONTROL = frozenset({"cr0", "cr3", "cr4"})
+
+
+def _nothing() -> None: ...
+
+
+class UnicornBank:
+    """A :class:`sandbox.registers.Bank` over one open engine that is not running."""
+
+    def __init__(self, handle: ctypes.c_void_p) -> None:
+        found = layout()
+        base = state_address(handle)
+        self._bytes = memoryview((ctypes.c_char * STATE_BYTES).from_address(base)).cast("B")
+        self.quads = self._bytes.cast("Q")
+        self.words = self._bytes.cast("I")
+        self.hflags_index = found.hflags // 4
+        self.error_code_index = found.error_code // 4
+        self.old_exception_index = found.old_exception // 4
+        self.cs_base_index = (found.segments + SEGMENT_BYTES + 8) // 8
+        self._layout = found
+        self.cr_index = found.cr // 8
+        self._handle = handle
+        self._buffer = (ctypes.c_uint8 * 16)()
+        self._buffer_bytes = memoryview(self._buffer).cast("B")
+        self._call = library().call
+        self._ids = {name: ctypes.c_int(number) for name, (number, _size) in _API.items()}
+        self._cr8 = 0
+        self.on_control: Callable[[], None] = _nothing
+        """Called after a write of CR0, CR3, CR4 or EFER: translations may have changed."""
+        self._direct = {f"cr{n}": self.cr_index + n for n in (0, 2, 3, 4)}
+        self._direct["efer"] = found.efer // 8
+        for name, index in (("fs_base", 4), ("gs_base", 5)):
+            self._direct[name] = (found.segments + index * SEGMENT_BYTES + 8) // 8
+        self._bases = tuple(
+            (found.segments + index * SEGMENT_BYTES + 8) // 8 for index in range(len(SEGMENT_NAMES))
+        )
+
+    def registers(self) -> Registers:
+        """The register file: GPRs, RIP and vectors as views of Unicorn's own state."""
+        found = self._layout
+        vectors = found.vectors
+        return Registers(
+            self.quads[found.gpr // 8 : found.gpr // 8 + 16],
+            self.quads[found.rip // 8 : found.rip // 8 + 1],
+            self._bytes[vectors : vectors + VECTOR_COUNT * VECTOR_BYTES],
+            self,
+        )
+
+    @property
+    def cpl(self) -> int:
+        return self.words[self.hflags_index] & HF_CPL
+
+    @property
+    def bitness(self) -> int:
+        hflags = self.words[self.hflags_index]
+        if hflags & HF_CS64:
+            return 64
+        return 32 if hflags & HF_CS32 else 16
+
+    def segment_base(self, index: int) -> int:
+        return self.quads[self._bases[index]]
+
+    def read(self, name: str) -> int:
+        direct = self._direct.get(name)
+        if direct is not None:
+            return self.quads[direct]
+        if name == "mxcsr":
+            return self.words[self._layout.mxcsr // 4]
+        number = self._ids.get(name)
+        if number is not None:
+            self._call.uc_reg_read(self._handle, number, self._buffer)
+            return int.from_bytes(self._buffer_bytes[: _API[name][1]], "little")
+        if name in _MSRS:
+            struct.pack_into("<IxxxxQ", self._buffer, 0, _MSRS[name], 0)
+            self._call.uc_reg_read(self._handle, x86.UC_X86_REG_MSR, self._buffer)
+            return int.from_bytes(self._buffer_bytes[8:16], "little")
+        if name == "cr8":
+            return self._cr8
+        raise KeyError(name)
+
+    def write(self, name: str, value: int) -> None:
+        if name in _API:
+            number, size = _API[name]
+            self._buffer_bytes[:size] = value.to_bytes(size, "little")
+            self._call.uc_reg_write(self._handle, number, self._buffer)
+            if name in _CONTROL:
+                self.on_control()
+        elif name in ("fs_base", "gs_base"):
+            self.quads[self._direct[name]] = value
+        elif name in _MSRS:
+            struct.pack_into("<IxxxxQ", self._buffer, 0, _MSRS[name], value)
+            self._call.uc_reg_write(self._handle, x86.UC_X86_REG_MSR, self._buffer)
+            if name == "efer":
+                self.on_control()
+        elif name == "cr8":
+            self._cr8 = value
+        else:
+            raise KeyError(name)
+
+    def flush_tlb(self) -> None:
+        """Make Unicorn forget its translations, as a write of CR3 does."""
+        self.write("cr3", self.quads[self.cr_index + 3])
+
+    def read_segment(self, name: str) -> Segment:
+        at = self._layout.segments + _INDEX[name] * SEGMENT_BYTES
+        selector, base, limit, flags = _SEGMENT.unpack_from(self._bytes, at)
+        return Segment(
+            selector=selector & 0xFFFF,
+            base=base,
+            limit=limit,
+            type=flags >> 8 & 15,
+            s=flags >> 12 & 1,
+            dpl=flags >> 13 & 3,
+            present=flags >> 15 & 1,
+            avl=flags >> 20 & 1,
+            l=flags >> 21 & 1,
+            db=flags >> 22 & 1,
+            g=flags >> 23 & 1,
+        )
+
+    def write_segment(self, name: str, value: Segment) -> None:
+        """Set a segment register with its cache; CPL follows the DPL of SS, as in VMX and SVM."""
+        s = value
+        flags = s.type << 8 | s.s << 12 | s.dpl << 13 | s.present << 15
+        flags |= s.avl << 20 | s.l << 21 | s.db << 22 | s.g << 23
+        at = self._layout.segments + _INDEX[name] * SEGMENT_BYTES
+        _SEGMENT.pack_into(self._bytes, at, s.selector, s.base, s.limit, flags)
+        self.update_hflags()
+
+    def read_table(self, name: str) -> DescriptorTable:
+        at = self._layout.segments + _TABLES[name] * SEGMENT_BYTES
+        _selector, base, limit, _flags = _SEGMENT.unpack_from(self._bytes, at)
+        return DescriptorTable(base, limit)
+
+    def write_table(self, name: str, value: DescriptorTable) -> None:
+        at = self._layout.segments + _TABLES[name] * SEGMENT_BYTES
+        _SEGMENT.pack_into(self._bytes, at, 0, value.base, value.limit, 0)
+
+    def leave_long_mode(self) -> None:
+        """Clear EFER, LMA too: for a guest that starts in real or protected mode."""
+        self.quads[self._direct["efer"]] = 0
+        self.update_hflags()
+
+    def update_hflags(self) -> None:
+        """Recompute what Unicorn derives from segments and control registers."""
+        read = self.quads
+        cr0, cr4, efer = read[self.cr_index], read[self.cr_index + 4], read[self._direct["efer"]]
+        caches = self._layout.segments
+        code, stack = (
+            _SEGMENT.unpack_from(self._bytes, caches + n * SEGMENT_BYTES)[3] for n in (1, 2)
+        )
+        hflags = stack >> 13 & HF_CPL
+        hflags |= HF_PE if cr0 & CR0_PE else 0
+        hflags |= (cr0 >> 1 & 7) * HF_MP  # MP, EM, TS in a row
+        hflags |= HF_OSFXSR if cr4 & CR4_OSFXSR else 0
+        hflags |= HF_LMA if efer & EFER_LMA else 0
+        if efer & EFER_LMA and code & _DESC_L:
+            hflags |= HF_CS32 | HF_SS32 | HF_CS64
+        else:
+            hflags |= HF_CS32 if code & _DESC_B else 0
+            hflags |= HF_SS32 if stack & _DESC_B else 0
+            virtual_8086 = self.read("rflags") & _FLAG_VM
+            flat = not any(read[self._bases[n]] for n in (0, 2, 3))
+            if not cr0 & CR0_PE or virtual_8086 or not hflags & HF_CS32 or not flat:
+                hflags |= HF_ADDSEG
+        at = self.hflags_index
+        self.words[at] = (self.words[at] & ~_HF_COMPUTED & 0xFFFF_FFFF) | hflags

@@ -1,0 +1,189 @@
+"""The dispatch of the handler tier: from a trapped instruction to what its handlers say.
+
+Instructions are bound once: :class:`Tier` keeps, by the instruction's bytes, a single action that
+tries the handlers in the order of their packs. What an action costs beyond the handler itself is
+one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from iced_x86 import Instruction
+
+from sandbox.cpu import Cpu
+from sandbox.decode import DecodeError, Insn, decode
+from sandbox.errors import HandlerError, HandlerTimeoutError
+from sandbox.handler import Action, Decline, Handler, Pack, Verdict
+
+
+class HandlerTimeout(BaseException):
+    """Raised inside a handler that has run past the deadline. Not an Exception, so that a
+    handler's own ``except Exception`` does not swallow it."""
+
+
+def handler_error(handlers: tuple[Handler, ...], insn: Insn, error: BaseException) -> HandlerError:
+    """The report of an error that a handler had no right to raise."""
+    names = " or ".join(handler.name for handler in handlers)
+    what = f"'{insn.text()}' ({insn.raw.hex(' ')})"
+    return HandlerError(f"handler {names} failed on {what}: {type(error).__name__}: {error}")
+
+
+def timeout_error(handlers: tuple[Handler, ...], insn: Insn) -> HandlerTimeoutError:
+    """The report of a handler that had to be interrupted."""
+    names = " or ".join(handler.name for handler in handlers)
+    what = f"'{insn.text()}' ({insn.raw.hex(' ')})"
+    return HandlerTimeoutError(f"handler {names} was still running on {what} after the timeout")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the tier did with one mnemonic."""
+
+    count: int = 0
+    handler: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An instruction with its handlers: ``run`` gives a verdict, Decline if there is none."""
+
+    insn: Insn
+    run: Action
+    handlers: tuple[Handler, ...]
+    tally: Tally
+    rip_mask: int
+
+
+class HandlerTable:
+    """Handlers of several packs, found by mnemonic, form or bytes, in the order of the packs."""
+
+    def __init__(self, packs: Iterable[Pack] = ()) -> None:
+        self.packs: list[Pack] = []
+        self._by_mnemonic: dict[str, list[tuple[int, Handler]]] = {}
+        self._by_form: dict[str, list[tuple[int, Handler]]] = {}
+        self._by_pattern: list[tuple[int, Handler]] = []
+        self._count = 0
+        for pack in packs:
+            self.add(pack)
+
+    def add(self, pack: Pack) -> None:
+        """Install ``pack`` after those that are there."""
+        self.packs.append(pack)
+        for handler in pack.handlers:
+            entry = (self._count, handler)
+            self._count += 1
+            for mnemonic in handler.mnemonics:
+                self._by_mnemonic.setdefault(mnemonic, []).append(entry)
+            for form in handler.forms:
+                self._by_form.setdefault(form, []).append(entry)
+            if handler.patterns:
+                self._by_pattern.append(entry)
+
+    def find(self, insn: Insn) -> list[Handler]:
+        """The handlers that ask for ``insn``, in order."""
+        found = [*self._by_mnemonic.get(insn.mnemonic, ()), *self._by_form.get(insn.form, ())]
+        found += [
+            (number, handler)
+            for number, handler in self._by_pattern
+            if any(pattern.matches(insn.raw) for pattern in handler.patterns)
+        ]
+        return [handler for _number, handler in sorted(found, key=lambda entry: entry[0])]
+
+    def may_handle(self, mnemonic: str, form: str) -> bool:
+        """Whether a handler asks for this form (by its name or mnemonic)."""
+        return mnemonic in self._by_mnemonic or form in self._by_form
+
+    def pattern_length(self, data: bytes) -> int:
+        """Length of the longest byte pattern that ``data`` starts with; 0 if there is none."""
+        return max(
+            (
+                pattern.length
+                for _number, handler in self._by_pattern
+                for pattern in handler.patterns
+                if pattern.matches(data)
+            ),
+            default=0,
+        )
+
+
+@dataclass(slots=True)
+class Tier:
+    """The handlers of one vCPU, bound as instructions are met."""
+
+    cpu: Cpu
+    table: HandlerTable
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    _bound: dict[tuple[bytes, int], Bound] = field(default_factory=dict)
+
+    def bind(self, insn: Insn) -> Bound:
+        """``insn`` with its handlers; the same object for the same bytes."""
+        key = (insn.raw, insn.bitness)
+        found = self._bound.get(key)
+        if found is None:
+            found = self._bound[key] = self._make(insn)
+        return found
+
+    def _make(self, insn: Insn) -> Bound:
+        handlers, actions = [], []
+        for handler in self.table.find(insn):
+            try:
+                action = handler.bind(self.cpu, insn)
+            except Exception as error:
+                raise handler_error((handler,), insn, error) from error
+            if action is not None:
+                handlers.append(handler)
+                actions.append(action if handler.restartable else _transaction(self.cpu, action))
+        name = insn.mnemonic if insn.code else insn.raw.hex(" ")
+        tally = self.tallies.setdefault(name, Tally())
+        if handlers:
+            tally.handler = handlers[0].name
+        return Bound(insn, _in_turn(actions), tuple(handlers), tally, (1 << insn.bitness) - 1)
+
+    def decode(self, data: bytes, bitness: int) -> Insn | None:
+        """Decode ``data``, or make an instruction of the bytes that a handler's pattern matches.
+
+        None if the bytes are neither.
+        """
+        length = self.table.pattern_length(data)
+        insn: Insn | None = None
+        with suppress(DecodeError):
+            insn = decode(data, bitness)
+        if length and (insn is None or insn.length < length):
+            return Insn(data[:length], bitness, insn.iced if insn else Instruction())
+        return insn
+
+
+def _in_turn(actions: list[Action]) -> Action:
+    """Ask one after the other, until one does not decline."""
+    if not actions:
+        return Decline
+    if len(actions) == 1:
+        return actions[0]
+
+    def run() -> Verdict | None:
+        for action in actions:
+            verdict = action()
+            if not isinstance(verdict, Decline):
+                return verdict
+        return Decline()
+
+    return run
+
+
+def _transaction(cpu: Cpu, action: Action) -> Action:
+    """Undo what the handler wrote if it does not come to a verdict."""
+
+    def run() -> Verdict | None:
+        cpu.begin()
+        try:
+            verdict = action()
+        except BaseException:
+            cpu.rollback()
+            raise
+        cpu.commit()
+        return verdict
+
+    return run

@@ -1,0 +1,191 @@
+"""A virtual machine: memory, policy, capabilities, handlers, one vCPU."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sandbox import abi
+from sandbox.decode import Insn
+from sandbox.engine.unicorn import UnicornEngine
+from sandbox.errors import KvmError, MemoryMapError, SandboxError
+from sandbox.handler import Pack
+from sandbox.memory import Device, DeviceRange, Slot
+from sandbox.packs import load_pack
+from sandbox.policy import Policy
+from sandbox.settings import Settings
+from sandbox.vcpu import Vcpu
+
+DEFAULT_POLICY = "baseline"
+KERNEL_PACKS = ("system",)
+EMULATOR_PACKS = ("integer",)
+
+
+class Vm:
+    """A VM with at most one vCPU.
+
+    ``policy`` is a preset's name, a file or a :class:`~sandbox.policy.Policy`; ``handlers`` are
+    packs by name, file (``.py``) or as :class:`~sandbox.handler.Pack`, asked in this order. The
+    handler tier works while ``KVM_CAP_EXIT_ON_EMULATION_FAILURE`` is enabled (it is off at first,
+    as in KVM). A Vm is a context manager: :meth:`close` frees the engine.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | Policy = DEFAULT_POLICY,
+        handlers: Iterable[str | Path | Pack] = (),
+    ) -> None:
+        self._settings = Settings(policy if isinstance(policy, Policy) else Policy.load(policy))
+        self.memory = self._settings.memory
+        """Guest physical memory."""
+        self.vcpu: Vcpu | None = None
+        self._engine: UnicornEngine | None = None
+        for name in KERNEL_PACKS:
+            self._settings.kernel.add(load_pack(name))
+        for name in EMULATOR_PACKS:
+            self._settings.emulator.add(load_pack(name))
+        for source in handlers:
+            self.install(source)
+
+    # -- KVM's interface ----------------------------------------------------------------------
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 where the capability is unknown."""
+        return 1 if cap in _CAPABILITIES else 0
+
+    def enable_cap(self, cap: int, arg: int = 1, flags: int = 0) -> None:
+        """KVM_ENABLE_CAP on the VM; at any time, toggles both ways at once.
+
+        Raises :class:`~sandbox.errors.KvmError` with EINVAL as the kernel does: an unknown
+        capability, flags, or an argument with bits other than 0.
+        """
+        if cap != abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE:
+            raise KvmError(errno.EINVAL, f"capability {cap} cannot be enabled on this VM")
+        if flags:
+            raise KvmError(errno.EINVAL, f"KVM_ENABLE_CAP: flags must be 0, not {flags:#x}")
+        if arg & ~1:
+            raise KvmError(
+                errno.EINVAL,
+                f"KVM_CAP_EXIT_ON_EMULATION_FAILURE: the argument must be 0 or 1, not {arg:#x}",
+            )
+        self._settings.exit_on_emulation_failure = bool(arg)
+
+    def create_vcpu(self) -> Vcpu:
+        """The VM's vCPU, in the state after reset: real mode, all else as SDM table 9-1."""
+        if self.vcpu is not None:
+            raise KvmError(errno.EEXIST, "this VM has its vCPU already; make another Vm")
+        self._engine = UnicornEngine(self.memory)
+        self.vcpu = Vcpu(self._engine, self._settings)
+        self._apply()
+        return self.vcpu
+
+    # -- memory and devices ---------------------------------------------------------------------
+
+    def add_memory(self, base: int, size: int, *, readonly: bool = False) -> Slot:
+        """RAM (or ROM) at guest physical ``base``; both multiples of 4096."""
+        return self.memory.add_slot(base, size, readonly=readonly)
+
+    def add_mmio(self, base: int, size: int, device: Device) -> DeviceRange:
+        """A device that answers for a range of guest physical memory."""
+        return self.memory.add_device(base, size, device)
+
+    def add_ports(self, base: int, count: int, device: Device) -> DeviceRange:
+        """A device that answers for ``count`` IO ports from ``base`` on."""
+        if count <= 0 or base < 0 or base + count > 1 << 16:
+            raise MemoryMapError(f"IO ports {base:#x}+{count}: want 1 or more within 0..0xffff")
+        for other in self._settings.ports.ranges:
+            if base < other.end and other.base < base + count:
+                raise MemoryMapError(
+                    f"IO ports {base:#x}..{base + count - 1:#x} overlap "
+                    f"{other.base:#x}..{other.end - 1:#x}"
+                )
+        found = DeviceRange(base, count, device)
+        self._settings.ports.ranges.append(found)
+        return found
+
+    # -- policy and handlers --------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        """What the fast path may run; may be replaced at any time while the vCPU does not run."""
+        return self._settings.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._settings.policy = policy
+        self._apply()
+
+    def install(self, source: str | Path | Pack) -> Pack:
+        """Install a handler pack after those that are there."""
+        pack = load_pack(source)
+        self._settings.handlers.add(pack)
+        self._apply()
+        return pack
+
+    def runs(self, insn: Insn) -> bool:
+        """Whether the fast path or a handler takes ``insn``."""
+        return self.policy.allows(insn) or bool(self.handler_names(insn))
+
+    def handler_names(self, insn: Insn) -> list[str]:
+        """The handlers that are asked for ``insn`` when it is trapped, in order."""
+        settings = self._settings
+        found = settings.handlers.find(insn)
+        if not found and settings.intercepted[insn.code]:
+            found = settings.kernel.find(insn)
+        return [handler.name for handler in found]
+
+    @property
+    def engine(self) -> UnicornEngine:
+        """The fast path of the vCPU."""
+        if self._engine is None:
+            raise SandboxError("this VM has no vCPU yet: call create_vcpu()")
+        return self._engine
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    def _apply(self) -> None:
+        """Bring the engine and the vCPU in line with policy and handlers."""
+        if self._engine is None or self.vcpu is None:
+            return
+        settings = self._settings
+        allowed = settings.policy.allowed
+        traps = bytes(
+            not (runs and not intercepted)
+            for runs, intercepted in zip(allowed, settings.intercepted, strict=True)
+        )
+        policy = settings.policy
+        asked = (lambda insn: not policy.allows(insn)) if policy.byte_rules else None
+        if policy.byte_rules:
+            traps = settings.intercepted
+        self._engine.set_traps(traps, asked)
+        self.vcpu.invalidate()
+
+    def close(self) -> None:
+        """Free the engine."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+_CAPABILITIES = frozenset(
+    {
+        abi.KVM_CAP_USER_MEMORY,
+        abi.KVM_CAP_INTERNAL_ERROR_DATA,
+        abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+    }
+)

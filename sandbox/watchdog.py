@@ -1,0 +1,75 @@
+"""A thread that interrupts running guests: deadlines, Ctrl-C, handlers that never return.
+
+While a vCPU is inside the engine, Python cannot run signal handlers; so the thread makes every
+running engine come back a few times a second, which costs next to nothing, and past the deadline
+for good. A handler that is still running well after the deadline gets :class:`HandlerTimeout`
+raised inside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from typing import Protocol
+
+from sandbox.fallback import HandlerTimeout
+
+TICK_SECONDS = 0.05
+GRACE_SECONDS = 0.25
+
+
+class Watched(Protocol):
+    """A running vCPU. ``thread`` is the identifier of the thread that runs it."""
+
+    thread: int
+    deadline: float | None
+
+    def interrupt(self) -> None:
+        """Make the engine come back; the vCPU looks at its deadline itself."""
+        ...
+
+
+class Watchdog:
+    """One thread for all vCPUs of the process; it sleeps while none is running."""
+
+    def __init__(self) -> None:
+        self._wake = threading.Condition()
+        self._running: list[Watched] = []
+        self._thread: threading.Thread | None = None
+
+    def add(self, vcpu: Watched) -> None:
+        with self._wake:
+            self._running.append(vcpu)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._loop, name="watchdog", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def remove(self, vcpu: Watched) -> None:
+        """No :class:`HandlerTimeout` comes after this returns."""
+        with self._wake:
+            self._running.remove(vcpu)
+        _raise_in(vcpu.thread, None)
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                if not self._running:
+                    self._wake.wait()
+                now = time.monotonic()
+                for vcpu in self._running:
+                    vcpu.interrupt()
+                    if vcpu.deadline is not None and now > vcpu.deadline + GRACE_SECONDS:
+                        _raise_in(vcpu.thread, HandlerTimeout)
+            time.sleep(TICK_SECONDS)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise ``error`` in a thread at its next bytecode; None takes a pending one back."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(error) if error else None
+    )
+
+
+WATCHDOG = Watchdog()
