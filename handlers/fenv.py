@@ -16,6 +16,7 @@ import ctypes
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -84,6 +85,11 @@ def _open() -> _FloatEnvironment | None:
 _host = _open()
 
 
+def is_available() -> bool:
+    """Whether the host lends its floating-point environment."""
+    return _host is not None
+
+
 def bracket(compute: Step) -> Callable[[int], int] | None:
     """``run(mxcsr)``: do ``compute`` under the control bits of ``mxcsr``, return the flags raised.
 
@@ -108,6 +114,11 @@ def bracket(compute: Step) -> Callable[[int], int] | None:
         return status[1] & FLAGS
 
     return run
+
+
+def quietly(compute: Step) -> Step:
+    """``compute`` under the host's own environment, without NumPy's warnings."""
+    return partial(_quiet.copy().run, compute)
 
 
 def bind_float(cpu: Cpu, compute: Step, exact: Exact, out: Lanes) -> Step:

@@ -21,6 +21,7 @@ from handlers.fenv import (
     bits_of,
     bracket,
     each_lane,
+    quietly,
 )
 from handlers.float_forms import FORMATS, items
 from handlers.operands import Form, Lanes, Step
@@ -189,7 +190,8 @@ def _halves_to_singles(form: Form, a: Lanes, out: Lanes) -> Step:
 
     careful = bind_exact(form.cpu, each_lane(reference, F16, a), out)
     nans = bytearray(len(a))
-    widen, find_nans = _assign(out, a), partial(np.isnan, out, np.frombuffer(nans, np.bool_))
+    widen = quietly(_assign(out, a))
+    find_nans = partial(np.isnan, out, np.frombuffer(nans, np.bool_))
 
     def step() -> None:
         widen()

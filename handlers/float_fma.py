@@ -1,0 +1,173 @@
+"""Fused multiply-add: the 96 forms of VFMADD, VFMSUB, VFNMADD, VFNMSUB, VFMADDSUB, VFMSUBADD.
+
+SDM Vol. 2, VFMADD132PD ... VFNMSUB231SS. NumPy has no fused multiply-add; the C library's ``fma``
+and ``fmaf`` are called per lane inside the guest's environment where they prove to be exact with
+all flags (they are one instruction on a host that has FMA3); else, and for NaNs, every lane goes
+through :func:`handlers.softfloat.fma`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from handlers import float_forms
+from handlers import softfloat as soft
+from handlers.fenv import Exact, bind_exact, bits_of, bracket, is_available
+from handlers.float_forms import FORMATS, family, items
+from handlers.operands import Form, Lanes, Step
+from handlers.softfloat import DAZ, FTZ, MASKS, Format
+from handlers.vector import Plan
+
+
+class _Single(ctypes.c_float):
+    """A subclass, so that ctypes hands over the raw result: a Python float would touch flags."""
+
+
+class _Double(ctypes.c_double):
+    """See :class:`_Single`."""
+
+
+_C_TYPES: dict[int, tuple[str, type[Any]]] = {4: ("fmaf", _Single), 8: ("fma", _Double)}
+
+
+def _bind_lanes(x: Lanes, y: Lanes, z: Lanes, out: memoryview) -> Step:
+    """A step that puts ``fma(x, y, z)`` of all lanes into ``out``, a buffer of its own."""
+    size = x.itemsize
+    name, c_type = _C_TYPES[size]
+    function: Any = getattr(ctypes.PyDLL("libm.so.6"), name)
+    function.restype = c_type
+    xs, ys, zs = ([c_type.from_buffer(v, i * size) for i in range(len(v))] for v in (x, y, z))
+    join = b"".join
+
+    def compute() -> None:
+        out[:] = join(map(function, xs, ys, zs))
+
+    return compute
+
+
+def _probes(f: Format) -> Iterator[tuple[int, int, int]]:
+    one = f.bias << (f.precision - 1)
+    edges = (3, f.min_normal, one - 1, one + 1 | f.sign, f.infinity - 1)
+    yield from product(edges, edges, (0, *edges))
+    yield from product((one + 1, one + 1 | f.sign), (one + 1,), (one + 2, one + 2 | f.sign))
+
+
+@lru_cache(maxsize=2)
+def library_is_exact(size: int) -> bool:
+    """Whether the C library's function equals the integer one, flags included, on this host."""
+    f = FORMATS[size]
+    x, y, z = (np.zeros(1, f"f{size}") for _ in range(3))
+    out = bytearray(size)
+    run = bracket(_bind_lanes(x, y, z, memoryview(out))) if is_available() else None
+    if run is None:
+        return False
+    for number, operands in enumerate(_probes(f)):
+        mxcsr = MASKS | (number & 3) << 13 | (0, DAZ, FTZ)[number % 3]
+        for view, bits in zip((x, y, z), operands, strict=True):
+            bits_of(view)[0] = bits
+        flags = run(mxcsr)
+        if (int.from_bytes(out, "little"), flags) != soft.fma(f, *operands, mxcsr):
+            return False
+    return True
+
+
+def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan:
+    """A plan for one operation; ``addend_signs`` of even and odd lanes, 1 for negated.
+
+    ``order`` are the digits of the mnemonic: the two factors and the addend among the operands.
+    """
+
+    def plan(form: Form, *views: Lanes) -> Step:
+        *operands, out = views
+        x, y, z = (operands[int(digit) - 1] for digit in order)
+        negate_z = [addend_signs[i & 1] for i in range(len(out))]
+        careful = bind_exact(form.cpu, _bind_integers(x, y, z, product_sign, negate_z), out)
+        bank = form.cpu.registers.bank
+        if not library_is_exact(out.itemsize):
+            return lambda: careful(bank.read("mxcsr"))
+        x, flip_x = _negated(x, [product_sign] * len(out))
+        z, flip_z = _negated(z, negate_z)
+        run = bracket(_bind_lanes(x, y, z, items(out).cast("B")))
+        assert run is not None
+        nans = bytearray(8)
+        found = memoryview(nans).cast("Q")
+        find_nans = partial(np.isnan, out, np.frombuffer(nans, np.bool_, len(out)))
+
+        def step() -> None:
+            mxcsr = bank.read("mxcsr")
+            flip_x()
+            flip_z()
+            flags = run(mxcsr)
+            find_nans()
+            if found[0] or mxcsr & MASKS != MASKS:
+                careful(mxcsr)
+            elif flags & ~mxcsr:
+                bank.write("mxcsr", mxcsr | flags)
+
+        return step
+
+    return plan
+
+
+def _nothing() -> None:
+    pass
+
+
+def _negated(lanes: Lanes, signs: Sequence[int]) -> tuple[Lanes, Step]:
+    """A view where the lanes stand negated by ``signs`` after the step, which may be nothing."""
+    if not any(signs):
+        return lanes, _nothing
+    copy = np.zeros_like(lanes)
+    mask = np.array([FORMATS[lanes.itemsize].sign * s for s in signs], bits_of(lanes).dtype)
+    return copy, partial(np.bitwise_xor, bits_of(lanes), mask, bits_of(copy))
+
+
+def _bind_integers(
+    x: Lanes, y: Lanes, z: Lanes, product_sign: int, negate_z: Sequence[int]
+) -> Exact:
+    f = FORMATS[x.itemsize]
+    views = [bits_of(view) for view in (x, y, z)]
+
+    def exact(mxcsr: int) -> tuple[list[int], int]:
+        lanes, flags = [], 0
+        for a, b, c, negate in zip(*(v.tolist() for v in views), negate_z, strict=True):
+            bits, raised = soft.fma(f, a, b, c, mxcsr, bool(product_sign), bool(negate))
+            lanes.append(bits)
+            flags |= raised
+        return lanes, flags
+
+    return exact
+
+
+_ALL: dict[str, tuple[int, tuple[int, int]]] = {
+    "vfmadd": (0, (0, 0)),
+    "vfmsub": (0, (1, 1)),
+    "vfnmadd": (1, (0, 0)),
+    "vfnmsub": (1, (1, 1)),
+}
+_ALTERNATING: dict[str, tuple[int, tuple[int, int]]] = {
+    "vfmaddsub": (0, (1, 0)),
+    "vfmsubadd": (0, (0, 1)),
+}
+_ORDERS = ("132", "213", "231")
+
+FUSED = [
+    operation
+    for order in _ORDERS
+    for name, signs in _ALL.items()
+    for operation in family(f"{name}{order}", 3, _fused(*signs, order), staged=True)
+]
+FUSED_ALTERNATING = [
+    operation
+    for order in _ORDERS
+    for name, signs in _ALTERNATING.items()
+    for operation in family(
+        f"{name}{order}", 3, _fused(*signs, order), float_forms.PACKED, staged=True
+    )
+]
