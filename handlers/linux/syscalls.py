@@ -151,3 +151,6 @@ def emulate_syscall(cpu: Cpu, insn: Insn) -> Verdict | None:
     gpr[RCX] = rip + insn.length & 0xFFFF_FFFF_FFFF_FFFF
     gpr[RAX] = result & 0xFFFF_FFFF_FFFF_FFFF
     return None
+
+
+emulate_syscall.restartable = True  # it raises no Fault: a bad pointer is the result -EFAULT
