@@ -19,7 +19,7 @@ import numpy.typing as npt
 from iced_x86 import InstructionInfoFactory, MemorySizeInfo, Register, RegisterInfo
 
 from sandbox.decode import Insn
-from sandbox.native import DATA, END, READONLY, REGION, REGION_SIZE, State
+from sandbox.native import CODE, DATA, END, READONLY, REGION, REGION_SIZE, State
 from sandbox.registers import DF, RCX
 
 _SPECIAL_INTS = (0, 1, 2, 3, 0x1F, 0x20, 0x3F, 0x40, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF,
@@ -262,6 +262,8 @@ class Cases:
         if used.vsib_size:
             target = DATA + 0x1800
             self._place_indices(vectors, used)
+        elif base is None and self.insn.iced.is_ip_rel_memory_operand:
+            target = CODE + offset & (1 << 64) - 1
         else:
             target = self._target(size)
             index = _full_gpr(used.index)

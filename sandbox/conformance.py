@@ -21,7 +21,7 @@ from sandbox.cases import Cases
 from sandbox.cpu import DB, PF_, Fault
 from sandbox.decode import FORM_NAMES, Insn
 from sandbox.encodings import encodings
-from sandbox.native import REGION, NativeCpu, Result, State, missing_features
+from sandbox.native import CODE, REGION, NativeCpu, Result, State, missing_features
 from sandbox.registers import AF, CF, DF, GPR_NAMES, OF, PF, RCX, SF, ZF
 
 STATUS = CF | PF | AF | ZF | SF | OF
@@ -63,7 +63,7 @@ _NOT_COMPARABLE = {
         "MOVSXD_R16_RM16": "CPUs differ in how much memory they read",
         "RESERVEDNOP_.*": "CPUs differ in whether the form is a NOP",
         "FX?(N?SAVE|N?STENV|RSTOR|LDENV).*|XSAVE.*": "the image holds what the host's CPU has",
-        "(RDTSC|RDTSCP|RDRAND|RDSEED|RDPID|CPUID|XGETBV|RDPMC|RDPRU|SMSW|SGDT|SIDT|SLDT|STR)(_.*|)":
+        "(RDTSC|RDTSCP|RDRAND|RDSEED|RDPID|CPUID|XGETBV|RDPMC|RDPRU|SMSW|SGDT|SIDT|SLDT|STR|RDFSBASE|RDGSBASE)(_.*|)":
             "the answer is the host's own",
         "(LSL|LAR|VERR|VERW)_.*": "the answer depends on the host's descriptor tables",
         "V?RCP.*|V?RSQRT.*": "approximations differ between CPUs within their error bound",
@@ -239,6 +239,8 @@ def _describe_memory(insn: Insn, state: State) -> Iterator[str]:
         if used.vsib_size:
             continue
         address = used.displacement
+        if used.base == Register.NONE and insn.iced.is_ip_rel_memory_operand:
+            address += CODE
         for register, scale in ((used.base, 1), (used.index, used.scale)):
             if RegisterExt.is_gpr(register):
                 number = RegisterInfo(RegisterInfo(register).full_register).number

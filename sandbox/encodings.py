@@ -29,14 +29,15 @@ from iced_x86 import (
 )
 
 from sandbox.decode import FEATURE_NAMES, FORM_NAMES, MNEMONIC_NAMES, DecodeError, Insn, decode
-from sandbox.native import DATA
+from sandbox.native import CODE, DATA
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
     """A memory operand: register numbers (``index`` is a vector number in VSIB forms).
 
-    Forms with nothing but an address (MOV AL, moffs8) have ``absolute``.
+    ``absolute`` is the address in forms that have nothing else (MOV AL, moffs8), and, if
+    ``relative``, of a RIP-relative operand of an instruction that stands at ``native.CODE``.
     """
 
     base: int | None = 6
@@ -44,10 +45,11 @@ class Memory:
     scale: int = 1
     displacement: int = 0
     absolute: int = DATA + 0x1000
+    relative: bool = False
 
 
 SIMPLE = Memory()
-MEMORIES = (SIMPLE, Memory(base=13, displacement=0x40), Memory(7, 12, 4, -0x1234))
+MEMORIES = (SIMPLE, Memory(13, displacement=0x40), Memory(7, 12, 4, -0x1234), Memory(relative=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +131,14 @@ def encode(
     """One encoding of a form. ValueError if it has none.
 
     ``registers`` are the numbers for the register operands, in Intel order; ``memory`` is used
-    where a register or memory may stand (and for operands that are always memory).
+    where a register or memory may stand (and for operands that are always memory). A second
+    immediate is taken from the bits of ``immediate`` above the first.
     """
     insn: Any = Instruction()  # iced's stubs want enum members where it takes numbers
     insn.code = code
     insn.code_size = CodeSize.CODE64
     numbers = iter(registers)
-    immediates = 0
+    used_bits = 0
     for position, kind in enumerate(kinds_of(code)):
         family = kind.split("_")[0]
         if kind in _STRINGS:
@@ -143,9 +146,9 @@ def encode(
         elif kind in _FIXED:
             _set_register(insn, position, _FIXED[kind])
         elif kind in _IMMEDIATES or kind == "IMM8_CONST_1":
-            value = 1 if kind == "IMM8_CONST_1" else immediate >> 8 * immediates
-            _set_immediate(insn, position, kind, value, second=immediates > 0)
-            immediates += 1
+            value = 1 if kind == "IMM8_CONST_1" else immediate >> used_bits
+            _set_immediate(insn, position, kind, value, second=used_bits > 0)
+            used_bits += _IMMEDIATES[kind][1] if kind in _IMMEDIATES else 8
         elif family in ("MEM", "SIBMEM") or ("OR_MEM" in kind and memory is not None):
             insn.set_op_kind(position, OpKind.MEMORY)
             _set_memory(insn, kind, memory or SIMPLE)
@@ -156,7 +159,7 @@ def encode(
             raise ValueError(f"{FORM_NAMES[code]}: operand kind {kind} is not supported")
     _set_evex(insn, evex)
     encoder = Encoder(64)
-    encoder.encode(insn, 0)
+    encoder.encode(insn, CODE)
     return bytes(encoder.take_buffer())
 
 
@@ -178,6 +181,11 @@ def _set_immediate(insn: Any, at: int, kind: str, value: int, *, second: bool) -
 
 def _set_memory(insn: Any, kind: str, memory: Memory) -> None:
     if kind == "MEM_OFFS":
+        insn.memory_displ_size = 8
+        insn.memory_displacement = memory.absolute
+        return
+    if memory.relative:
+        insn.memory_base = Register.RIP
         insn.memory_displ_size = 8
         insn.memory_displacement = memory.absolute
         return
@@ -270,7 +278,10 @@ def encodings(code: int, immediates: Iterable[int] = IMMEDIATES) -> Iterator[Ins
     Immediates are dealt out in turn over the variants, and each is used at least once.
     """
     kinds = kinds_of(code)
-    values = list(immediates) if any(k in _IMMEDIATES for k in kinds) else [0]
+    widths = [_IMMEDIATES[k][1] for k in kinds if k in _IMMEDIATES]
+    values = list(immediates) if widths else [0]
+    if len(widths) == 2:
+        values = [a | b << widths[0] for a, b in zip(values, values[::-1], strict=True)]
     deal = cycle(values)
     seen: set[bytes] = set()
     rest = ((REGISTERS[0], None, PLAIN) for _ in values)
@@ -319,7 +330,7 @@ def _variants(
 def _memories(kinds: Sequence[str]) -> tuple[Memory, ...]:
     if any(k.startswith("MEM_VSIB") for k in kinds):
         return tuple(Memory(m.base, i, s, m.displacement) for m, i, s in zip(
-            MEMORIES, (4, 12, 7), (1, 2, 8), strict=True))  # fmt: skip
+            MEMORIES[:3], (4, 12, 7), (1, 2, 8), strict=True))  # fmt: skip
     return MEMORIES
 
 
