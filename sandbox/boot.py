@@ -53,7 +53,6 @@ CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_FSGSBASE, CR4_OSXSAVE = (
 )  # fmt: skip
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1, 1 << 8, 1 << 10, 1 << 11
 XCR0_X87, XCR0_SSE, XCR0_AVX = 1, 2, 4
-XCR0_AVX512 = 0xE0
 
 
 @dataclass(slots=True)
@@ -82,7 +81,8 @@ def _control(vcpu: Vcpu, cr0: int, cr4: int = 0) -> None:
     bank = vcpu.registers.bank
     bank.write("cr4", cr4 | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE)
     bank.write("cr0", cr0 | CR0_MP | CR0_ET | CR0_NE)
-    vcpu.registers.xcr0 = XCR0_X87 | XCR0_SSE | XCR0_AVX
+    xcr0 = XCR0_X87 | XCR0_SSE | XCR0_AVX
+    vcpu.registers.xcr0 = xcr0 & vcpu.cpu.services["xcr0_mask"]
 
 
 def boot_flat(vm: Vm, code: bytes, base: int = 0x1000, mode: Mode = "long") -> Machine:

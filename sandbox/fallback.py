@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from iced_x86 import Instruction
+from iced_x86 import Instruction, OpCodeInfo
 
 from sandbox.cpu import Cpu
-from sandbox.decode import DecodeError, Insn, decode
+from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, DecodeError, Insn, decode
 from sandbox.errors import HandlerError, HandlerTimeoutError
 from sandbox.handler import Action, Decline, Handler, Pack, Verdict
 
@@ -92,9 +92,13 @@ class HandlerTable:
         ]
         return [handler for _number, handler in sorted(found, key=lambda entry: entry[0])]
 
-    def may_handle(self, mnemonic: str, form: str) -> bool:
-        """Whether a handler asks for this form (by its name or mnemonic)."""
-        return mnemonic in self._by_mnemonic or form in self._by_form
+    def takes(self, code: int) -> bool:
+        """Whether a handler says that it emulates this form (an iced-x86 ``Code``)."""
+        if FORM_NAMES[code] in self._by_form:
+            return True
+        info = OpCodeInfo(code)  # type: ignore[arg-type]
+        asked = self._by_mnemonic.get(MNEMONIC_NAMES[info.mnemonic], ())
+        return any(info.encoding in handler.encodings for _number, handler in asked)
 
     def pattern_length(self, data: bytes) -> int:
         """Length of the longest byte pattern that ``data`` starts with; 0 if there is none."""

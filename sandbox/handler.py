@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from iced_x86 import EncodingKind
+
 if TYPE_CHECKING:
     from sandbox.cpu import Cpu
     from sandbox.decode import Insn
@@ -70,6 +72,10 @@ class Handler:
     mnemonics: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     patterns: tuple[BytePattern, ...] = ()
+    encodings: frozenset[int] = frozenset(
+        (EncodingKind.LEGACY, EncodingKind.VEX, EncodingKind.XOP, EncodingKind.D3NOW)
+    )
+    """Of its mnemonics, the encodings that it emulates: what CPUID tells the guest rests on it."""
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
         """Return what to run for ``insn``, or None to decline it for good."""

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from sandbox import abi
+from sandbox.cpuid import CpuidModel, features
 from sandbox.decode import Insn
 from sandbox.engine.unicorn import UnicornEngine
 from sandbox.errors import KvmError, MemoryMapError, SandboxError
@@ -125,9 +126,12 @@ class Vm:
         self._apply()
         return pack
 
-    def runs(self, insn: Insn) -> bool:
-        """Whether the fast path or a handler takes ``insn``."""
-        return self.policy.allows(insn) or bool(self.handler_names(insn))
+    def runs_form(self, code: int) -> bool:
+        """Whether the fast path or a handler runs a form (an iced-x86 ``Code``)."""
+        settings = self._settings
+        if settings.intercepted[code]:
+            return settings.kernel.takes(code) or settings.handlers.takes(code)
+        return bool(settings.policy.allowed[code]) or settings.handlers.takes(code)
 
     def handler_names(self, insn: Insn) -> list[str]:
         """The handlers that are asked for ``insn`` when it is trapped, in order."""
@@ -164,6 +168,9 @@ class Vm:
             traps = settings.intercepted
         self._engine.set_traps(traps, asked)
         self.vcpu.invalidate()
+        model = CpuidModel(features(self.runs_form))
+        self.vcpu.cpu.services["cpuid"] = model.bind(self.vcpu.cpu)
+        self.vcpu.cpu.services["xcr0_mask"] = model.xcr0_mask
 
     def close(self) -> None:
         """Free the engine."""
