@@ -23,19 +23,19 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeAlias, cast, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
-from iced_x86 import Code, Instruction
+from iced_x86 import Code, Instruction, Mnemonic
 
 from sandbox.decode import FEATURE_NAMES, FORM_NAMES, MNEMONIC_NAMES, Insn
 from sandbox.errors import PolicyError
 from sandbox.handler import BytePattern
+from sandbox.policy_source import PolicySource
 
 Unhandled: TypeAlias = Literal["inject", "exit", "skip"]
 """What happens to a trapped instruction that no handler takes."""
@@ -45,9 +45,15 @@ _TOP_KEYS = ("extends", "unhandled", "rule")
 _SELECTORS = ("feature", "mnemonic", "form", "bytes")
 _RULE_KEYS = ("action", "comment", *_SELECTORS)
 _ACTIONS = ("allow", "trap")
-_NO_INSTRUCTION = frozenset(
-    {Code.INVALID, Code.DECLAREBYTE, Code.DECLAREWORD, Code.DECLAREDWORD, Code.DECLAREQWORD}
-)
+_NO_INSTRUCTION: Mapping[str, frozenset[int]] = {
+    "feature": frozenset(),
+    "mnemonic": frozenset(getattr(Mnemonic, n) for n in "INVALID DB DW DD DQ ZERO_BYTES".split()),
+    "form": frozenset(
+        getattr(Code, n)
+        for n in "INVALID DECLAREBYTE DECLAREWORD DECLAREDWORD DECLAREQWORD ZERO_BYTES".split()
+    ),
+}
+"""What iced-x86 numbers for its own use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,8 @@ class Policy:
         self.allowed = bytes(i >= 0 and self.rules[i].allow for i in self._deciding)
         self.byte_rules = tuple((i, r) for i, r in enumerate(self.rules) if r.bytes)
         """(number, rule) of the rules with byte patterns, in order."""
+        patterns = [rule.bytes.pattern for _, rule in self.byte_rules if rule.bytes]
+        self._any_bytes = re.compile(b"|".join(patterns), re.DOTALL) if patterns else None
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Policy:
@@ -108,7 +116,9 @@ class Policy:
 
     def allows(self, insn: Insn) -> bool:
         """Whether the fast path may run ``insn``."""
-        return self.decide(insn).allow if self.byte_rules else bool(self.allowed[insn.code])
+        if self._any_bytes and self._any_bytes.match(insn.raw):
+            return self.decide(insn).allow
+        return bool(self.allowed[insn.code])
 
     def decide(self, insn: Insn) -> Decision:
         """Whether the fast path may run ``insn``, and which rule says so."""
@@ -133,21 +143,28 @@ def presets() -> list[str]:
 # --- from rules to a table by form ---------------------------------------------------------------
 
 
-@cache
-def _forms() -> dict[int, tuple[int, frozenset[int]]]:
-    """Of every instruction form: its mnemonic and the features it needs."""
-    blank = Instruction()
-    forms: dict[int, tuple[int, frozenset[int]]] = {}
-    for code in _numbers(FORM_NAMES).values():
-        if code not in _NO_INSTRUCTION:
+class _Forms:
+    """All instruction forms, and which of them have a mnemonic or need a feature."""
+
+    def __init__(self) -> None:
+        self.needs: dict[int, frozenset[int]] = {}
+        self.of_mnemonic: dict[int, list[int]] = {}
+        self.of_feature: dict[int, list[int]] = {}
+        blank = Instruction()
+        for code in _names("form").values():
             blank.code = cast(Any, code)
-            forms[code] = (blank.mnemonic, frozenset(blank.cpuid_features()))
-    return forms
+            self.needs[code] = frozenset(blank.cpuid_features())
+            self.of_mnemonic.setdefault(blank.mnemonic, []).append(code)
+            for feature in self.needs[code]:
+                self.of_feature.setdefault(feature, []).append(code)
+
+
+_forms = cache(_Forms)
 
 
 def _deciding_rules(rules: tuple[Rule, ...]) -> list[int]:
     forms = _forms()
-    deciding = [-1] * (max(forms) + 1)
+    deciding = [-1] * (max(forms.needs) + 1)
     allowed_features: set[int] = set()
     for number, rule in enumerate(rules):
         if rule.allow:
@@ -156,14 +173,13 @@ def _deciding_rules(rules: tuple[Rule, ...]) -> list[int]:
             allowed_features -= rule.features
         for code in rule.forms:
             deciding[code] = number
-        if not rule.mnemonics and not rule.features:
-            continue
-        for code, (mnemonic, needs) in forms.items():
-            if mnemonic in rule.mnemonics or (
-                not needs.isdisjoint(rule.features)
-                and (not rule.allow or needs <= allowed_features)
-            ):
+        for mnemonic in rule.mnemonics:
+            for code in forms.of_mnemonic.get(mnemonic, ()):
                 deciding[code] = number
+        for feature in rule.features:
+            for code in forms.of_feature.get(feature, ()):
+                if not rule.allow or forms.needs[code] <= allowed_features:
+                    deciding[code] = number
     return deciding
 
 
@@ -198,7 +214,7 @@ def _preset_list() -> str:
 
 
 def _parse(text: str, filename: str, folder: Path | None, chain: tuple[str, ...]) -> Policy:
-    source = _Source(text, filename)
+    source = PolicySource(text, filename)
     table = source.table
     for key in table:
         if key not in _TOP_KEYS:
@@ -223,7 +239,7 @@ def _parse(text: str, filename: str, folder: Path | None, chain: tuple[str, ...]
     )
 
 
-def _base(source: _Source, folder: Path | None, chain: tuple[str, ...]) -> Policy:
+def _base(source: PolicySource, folder: Path | None, chain: tuple[str, ...]) -> Policy:
     name, line = source.table["extends"], source.line_of_key("extends")
     if not isinstance(name, str):
         source.fail(line, f"extends is {_type(name)}, want the name of one policy")
@@ -238,7 +254,7 @@ def _base(source: _Source, folder: Path | None, chain: tuple[str, ...]) -> Polic
         source.fail(line, str(error))
 
 
-def _rules(source: _Source) -> list[Rule]:
+def _rules(source: PolicySource) -> list[Rule]:
     seen: dict[tuple[str, str], tuple[str, int]] = {}
     rules = []
     for number, (line, table) in enumerate(source.rules()):
@@ -255,7 +271,7 @@ def _rules(source: _Source) -> list[Rule]:
     return rules
 
 
-def _rule(source: _Source, number: int, line: int, table: Mapping[str, Any]) -> Rule:
+def _rule(source: PolicySource, number: int, line: int, table: Mapping[str, Any]) -> Rule:
     for key in table:
         if key not in _RULE_KEYS:
             at = source.line_of_key(key, number)
@@ -274,8 +290,8 @@ def _rule(source: _Source, number: int, line: int, table: Mapping[str, Any]) -> 
     if not any(table.get(key) for key in _SELECTORS):
         source.fail(line, f"empty rule: give one of {', '.join(_SELECTORS)}")
 
-    def resolve(key: str, names: Mapping[str, int], change: Callable[[str], str]) -> frozenset[int]:
-        found: set[int] = set()
+    def resolve(key: str, change: Callable[[str], str]) -> frozenset[int]:
+        names, found = _names(key), set[int]()
         for item in _items(table.get(key, [])):
             matches = _lookup(change(item), names, globs=key != "feature")
             if not matches:
@@ -289,14 +305,14 @@ def _rule(source: _Source, number: int, line: int, table: Mapping[str, Any]) -> 
         file=source.filename,
         line=line,
         comment=" ".join(comment.split()),
-        features=resolve("feature", _numbers(FEATURE_NAMES), str.upper),
-        mnemonics=resolve("mnemonic", _numbers(MNEMONIC_NAMES), str.lower),
-        forms=resolve("form", _instruction_forms(), str.upper),
+        features=resolve("feature", str.upper),
+        mnemonics=resolve("mnemonic", str.lower),
+        forms=resolve("form", str.upper),
         bytes=_bytes(source, number, _items(table.get("bytes", []))),
     )
 
 
-def _check_items(source: _Source, number: int, key: str, value: object) -> None:
+def _check_items(source: PolicySource, number: int, key: str, value: object) -> None:
     if value is None:
         return
     at = source.line_of_key(key, number)
@@ -310,7 +326,7 @@ def _check_items(source: _Source, number: int, key: str, value: object) -> None:
         source.fail(at, f"{key} is empty: name something or leave it out")
 
 
-def _bytes(source: _Source, number: int, items: list[str]) -> re.Pattern[bytes] | None:
+def _bytes(source: PolicySource, number: int, items: list[str]) -> re.Pattern[bytes] | None:
     """One regular expression for all patterns: these are matched at every instruction."""
     alternatives = []
     for item in items:
@@ -334,18 +350,23 @@ def _items(value: Any) -> list[str]:
 
 def _lookup(item: str, names: Mapping[str, int], *, globs: bool) -> list[int]:
     if globs and any(c in item for c in "*?["):
+        start = re.split(r"[*?[]", item, maxsplit=1)[0]
         matches = re.compile(fnmatch.translate(item)).match
-        return [number for name, number in names.items() if matches(name)]
+        return [
+            number for name, number in names.items() if name.startswith(start) and matches(name)
+        ]
     return [names[item]] if item in names else []
 
 
 @cache
-def _instruction_forms() -> dict[str, int]:
-    return {n: code for n, code in _numbers(FORM_NAMES).items() if code not in _NO_INSTRUCTION}
-
-
-def _numbers(names: dict[int, str]) -> dict[str, int]:
-    return {name: number for number, name in names.items() if isinstance(number, int)}
+def _names(key: str) -> dict[str, int]:
+    """What a selector may name, with iced-x86's numbers."""
+    tables = {"feature": FEATURE_NAMES, "mnemonic": MNEMONIC_NAMES, "form": FORM_NAMES}
+    return {
+        name: number
+        for number, name in tables[key].items()
+        if isinstance(number, int) and number not in _NO_INSTRUCTION[key]
+    }
 
 
 def _nearest(name: object, names: Iterable[str]) -> str:
@@ -356,69 +377,3 @@ def _nearest(name: object, names: Iterable[str]) -> str:
 def _type(value: object) -> str:
     names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "a table"}
     return names.get(type(value), type(value).__name__)
-
-
-class _Source:
-    """The text of one policy file, its TOML value, and the lines that tomllib does not tell."""
-
-    _HEADER = re.compile(r"\s*\[\[\s*rule\s*\]\]")
-
-    def __init__(self, text: str, filename: str) -> None:
-        self.filename = filename
-        self.lines = text.splitlines()
-        try:
-            self.table: dict[str, Any] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            found = re.search(r"\(at line (\d+), column \d+\)", str(error))
-            line = int(found[1]) if found else len(self.lines)
-            reason = re.sub(r" \(at .*\)$", "", str(error))
-            self.fail(line, f"not valid TOML: {reason[:1].lower()}{reason[1:]}")
-        self._starts = self._rule_starts()
-
-    def fail(self, line: int, reason: str, hint: str = "") -> NoReturn:
-        """Raise :class:`PolicyError` for ``line`` (counted from 1)."""
-        raise PolicyError(f"{self.filename}:{line}: {reason}{hint}")
-
-    def rules(self) -> list[tuple[int, dict[str, Any]]]:
-        """(line, table) of each rule."""
-        return list(zip(self._starts, self.table.get("rule", []), strict=True))
-
-    def line_of_key(self, key: str, rule: int | None = None) -> int:
-        """Where ``key`` is set: in a rule, or at the top."""
-        return self._find(re.compile(rf"\s*\[*\s*[\"']?{re.escape(key)}\b"), rule)
-
-    def line_of_item(self, rule: int, item: str) -> int:
-        """Where a rule names ``item``."""
-        return self._find(re.compile(rf".*([\"']){re.escape(item)}\1"), rule)
-
-    def _find(self, pattern: re.Pattern[str], rule: int | None) -> int:
-        """First line of a rule (or of the file) that matches, else the line where it starts."""
-        ends = [*self._starts, len(self.lines) + 1]
-        first, end = (1, len(self.lines) + 1) if rule is None else ends[rule : rule + 2]
-        for line in range(first, end):
-            if pattern.match(self.lines[line - 1]):
-                return line
-        return first
-
-    def _rule_starts(self) -> list[int]:
-        rules = self.table.get("rule", [])
-        if not isinstance(rules, list) or not all(isinstance(r, dict) for r in rules):
-            self.fail(self._line_of_rule_key(), "write every rule under its own [[rule]] line")
-        starts = [n for n, text in enumerate(self.lines, 1) if self._HEADER.match(text)]
-        if len(starts) != len(rules):  # a header inside a text of several lines, which is no rule
-            starts = [n for n in starts if self._is_toml(self.lines[: n - 1])]
-        if len(starts) != len(rules):
-            self.fail(self._line_of_rule_key(), "write every rule under its own [[rule]] line")
-        return starts
-
-    def _line_of_rule_key(self) -> int:
-        matches = (n for n, text in enumerate(self.lines, 1) if re.match(r"\s*\[*\s*rule\b", text))
-        return next(matches, 1)
-
-    @staticmethod
-    def _is_toml(lines: list[str]) -> bool:
-        try:
-            tomllib.loads("\n".join(lines))
-        except tomllib.TOMLDecodeError:
-            return False
-        return True
