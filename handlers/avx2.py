@@ -1,4 +1,7 @@
-"""The pack ``avx2``: AVX, AVX2 and their SSE twins, by family of operation."""
+"""The pack ``avx2``: what x86-64-v3 adds, by family of operation, with the SSE twins of all forms.
+
+AVX, AVX2, AES, PCLMULQDQ, VAES, VPCLMULQDQ, FMA, F16C, BMI1, BMI2, LZCNT, MOVBE.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ from handlers import (
     compare,
     crypto,
     extend,
+    float_arithmetic,
+    float_compare,
+    float_convert,
+    float_fma,
+    float_round,
     gather,
+    integer_pack,
     logic,
     masked,
     move,
@@ -16,6 +25,12 @@ from handlers import (
     strings,
 )
 from sandbox.handler import Pack
+
+_GENERAL = frozenset(
+    "andn bextr blsi blsmsk blsr bzhi lzcnt movbe mulx pdep pext rorx sarx shlx shrx tzcnt".split()
+)
+GENERAL = [h for h in integer_pack.PACK.handlers if _GENERAL.intersection(h.mnemonics)]
+"""The instructions on general registers that came with AVX2."""
 
 PACK = Pack.of(
     "avx2",
@@ -30,4 +45,10 @@ PACK = Pack.of(
     gather,
     strings,
     crypto,
+    float_arithmetic,
+    float_compare,
+    float_convert,
+    float_fma,
+    float_round,
+    GENERAL,
 )

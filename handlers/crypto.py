@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 from handlers.operands import Form, Step
 from handlers.vector import Extent, Plan, operation, planned
@@ -51,7 +51,8 @@ _NO_MIX = (1, 0, 0, 0)
 """First column of the matrix that multiplies each column of the state (FIPS 197, 5.1.3)."""
 
 
-def _tables(box: bytes, column: Sequence[int]) -> list[list[int]]:
+@lru_cache(maxsize=8)
+def _tables(box: bytes, column: tuple[int, ...]) -> list[list[int]]:
     """What each byte of a column adds to the mixed column, for each of its four rows."""
     tables = []
     for row in range(4):
@@ -73,10 +74,9 @@ def _mixed(state: bytes, tables: list[list[int]], order: list[int]) -> int:
     )
 
 
-def _round(box: bytes, column: Sequence[int], order: list[int]) -> Plan:
-    tables = _tables(box, column)
-
+def _round(box: bytes, column: tuple[int, ...], order: list[int]) -> Plan:
     def plan(form: Form, state: memoryview, key: memoryview, out: memoryview) -> Step:
+        tables = _tables(box, column)
         blocks = [slice(i, i + 16) for i in range(0, len(out), 16)]
 
         def step() -> None:
@@ -99,13 +99,13 @@ ROUNDS = [
     )
 ]
 
-_UNMIX = _tables(_IDENTITY, _INVERSE_MIX)
-
 
 @operation("aesimc", "b->b", Extent.WHOLE)
 def inverse_mix_columns(form: Form, state: memoryview, out: memoryview) -> Step:
+    tables = _tables(_IDENTITY, _INVERSE_MIX)
+
     def step() -> None:
-        out[:] = _mixed(bytes(state), _UNMIX, _IN_PLACE).to_bytes(16, "little")
+        out[:] = _mixed(bytes(state), tables, _IN_PLACE).to_bytes(16, "little")
 
     return step
 
