@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from iced_x86 import MemorySizeExt, OpKind, Register
 
 from handlers.flags import MASK
-from sandbox.cpu import bind_address
+from sandbox.cpu import bind_address, bind_offset
 from sandbox.handler import Action, Handler
 
 if TYPE_CHECKING:
@@ -127,6 +127,29 @@ def bind_memory(cpu: Cpu, address: Read, size: int) -> Operand:
         return int.from_bytes(load(at, size), "little")
 
     return Operand(8 * size, read, write, modify)
+
+
+def address_bits(insn: Insn) -> int:
+    """The address size of the memory operand: 16, 32 or 64."""
+    iced = insn.iced
+    for register in (iced.memory_base, iced.memory_index):
+        if register in REGISTERS:
+            return REGISTERS[register][1]
+    if iced.memory_base in (Register.RIP, Register.EIP):
+        return 64 if iced.memory_base == Register.RIP else 32
+    return {2: 16, 4: 32, 8: 64}.get(iced.memory_displ_size, insn.bitness)
+
+
+def bind_moved_address(cpu: Cpu, insn: Insn, distance: Read) -> Read:
+    """The linear address ``distance()`` bytes from the memory operand, in its segment."""
+    offset, start, mask = bind_offset(cpu, insn), bind_address(cpu, insn), MASK[address_bits(insn)]
+    wrap = MASK[64 if insn.bitness == 64 else 32]
+
+    def address() -> int:
+        at = offset()
+        return start() + ((at + distance()) & mask) - at & wrap
+
+    return address
 
 
 def _bind_immediate(value: int, bits: int) -> Operand:

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING
 from iced_x86 import OpKind
 
 from handlers.flags import MASK, STATUS, of_result
-from handlers.integer import Operand, Operation, bind_memory, bind_operands
+from handlers.integer import (
+    Operand,
+    Operation,
+    bind_memory,
+    bind_moved_address,
+    bind_operands,
+)
 from handlers.integer_shift import signed
-from sandbox.cpu import bind_address
 from sandbox.handler import Action, Handler
 from sandbox.registers import CF, OF, SF, ZF
 
@@ -172,12 +177,10 @@ class BitTest(Handler):
 
 def _bit_string(cpu: Cpu, insn: Insn, offset: Operand) -> Operand:
     """The operand-sized piece of memory that holds bit ``offset``, signed, of a bit string."""
-    start, bits = bind_address(cpu, insn), offset.bits
+    bits, read = offset.bits, offset.read
     size = bits // 8
-    wrap = MASK[64 if insn.bitness == 64 else 32]
-    return bind_memory(
-        cpu, lambda: (start() + signed(bits, offset.read()) // bits * size) & wrap, size
-    )
+    address = bind_moved_address(cpu, insn, lambda: signed(bits, read()) // bits * size)
+    return bind_memory(cpu, address, size)
 
 
 HANDLERS = [

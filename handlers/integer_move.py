@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from iced_x86 import OpKind, Register
 
-from handlers.flags import MASK
-from handlers.integer import Operation, bind_memory, bind_operand, bind_register
+from handlers.integer import Operation, bind_memory, bind_moved_address, bind_operand, bind_register
 from handlers.integer_shift import signed
 from sandbox.cpu import bind_address, bind_offset
 from sandbox.handler import Action, Handler
@@ -81,19 +80,10 @@ class Xlat(Handler):
     restartable = True
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
-        base, start = bind_offset(cpu, insn), bind_address(cpu, insn)
         low = bind_register(cpu, Register.AL)
-        width = {Register.BX: 16, Register.EBX: 32}.get(insn.iced.memory_base, 64)
         assert low is not None
-        read, write, load, mask = low.read, low.write, cpu.read, MASK[width]
-        wrap = MASK[64 if insn.bitness == 64 else 32]
-
-        def action() -> None:
-            offset = base()
-            step = ((offset + read()) & mask) - offset
-            write(load((start() + step) & wrap, 1)[0])
-
-        return action
+        write, load, address = low.write, cpu.read, bind_moved_address(cpu, insn, low.read)
+        return lambda: write(load(address(), 1)[0])
 
 
 class SignExtend(Handler):

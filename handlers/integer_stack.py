@@ -223,7 +223,10 @@ _FRAME_POINTERS = {2: Register.BP, 4: Register.EBP, 8: Register.RBP}
 
 
 class Enter(Handler):
-    """ENTER size, level: the frame is written in one piece, then the registers change."""
+    """ENTER size, level: the frame is written in one piece, then the registers change.
+
+    (E/R)BP changes as far as both the operand and the stack are wide, as on the host CPU.
+    """
 
     name = f"{__name__}.enter"
     mnemonics = ("enter",)
@@ -232,9 +235,7 @@ class Enter(Handler):
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
         size, stack = _ENTER_SIZES[insn.code], Stack(cpu, insn.bitness)
         local, level = insn.iced.immediate16, insn.iced.immediate8_2nd & 31
-        frame_pointer = bind_register(cpu, _FRAME_POINTERS[size])
-        assert frame_pointer is not None
-        write, gpr, mask = frame_pointer.write, cpu.gpr, MASK[8 * size]
+        gpr, mask = cpu.gpr, MASK[8 * size]
 
         def action() -> None:
             outer = gpr[RBP]
@@ -247,7 +248,8 @@ class Enter(Handler):
             cpu.check_write(stack.at(top - local), size)
             cpu.write(stack.at(top), data)
             stack.set(top - local)
-            write(frame)
+            width = mask & stack.mask()
+            gpr[RBP] = outer & ~width | frame & width
 
         return action
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -130,6 +131,14 @@ def aim(rng: random.Random, insn: Insn, state: State) -> None:
         state.gpr[index] = rng.randrange(64)
         displacement += state.gpr[index] * iced.memory_index_scale
     state.gpr[base] = (target - displacement) & 0xFFFF_FFFF_FFFF_FFFF
+
+
+def operand_address(insn: Insn, state: State) -> int:
+    """Where the memory operand lies on this state."""
+    cpu = make_cpu(insn.bitness)
+    cpu.gpr[:] = memoryview(struct.pack("<16Q", *state.gpr)).cast("Q")
+    cpu.registers.rip = CODE
+    return cpu.address(insn)
 
 
 Prepare = Callable[[random.Random, Insn, State], None]

@@ -12,7 +12,7 @@ from handlers.integer import REGISTERS
 from sandbox.decode import Insn, decode
 from sandbox.native import DATA, State
 from sandbox.registers import RAX, RBX, RDX
-from tests.integer_cases import assert_like_hardware, insns_of, needs_native
+from tests.integer_cases import assert_like_hardware, insns_of, needs_native, operand_address
 
 
 @needs_native
@@ -21,15 +21,8 @@ from tests.integer_cases import assert_like_hardware, insns_of, needs_native
 )
 def test_moves(mnemonic: str) -> None:
     """The host's own segment selectors are not in the state, so they are left out."""
-    insns = [i for i in insns_of(mnemonic) if "SREG" not in i.form and "MOFFS" not in i.form]
+    insns = [i for i in insns_of(mnemonic) if "SREG" not in i.form]
     assert_like_hardware(insns, states=10)
-
-
-@needs_native
-@pytest.mark.parametrize("code", ["a0", "a2", "66a1", "48a1", "a3", "48a3"])
-def test_moves_at_an_absolute_address(code: str) -> None:
-    raw = bytes.fromhex(code) + (DATA + 0x123).to_bytes(8, "little")
-    assert_like_hardware([decode(raw, 64)], states=10)
 
 
 @needs_native
@@ -59,13 +52,11 @@ def _often_equal(rng: random.Random, insn: Insn, state: State) -> None:
         number, _bits, shift = REGISTERS[iced.op0_register]
         state.gpr[RAX] = state.gpr[number] >> shift
         return
-    base = REGISTERS[iced.memory_base][0]
-    if base in (RAX, RDX):
+    if {RAX, RDX} & {
+        REGISTERS[r][0] for r in (iced.memory_base, iced.memory_index) if r in REGISTERS
+    }:
         return
-    index = iced.memory_index
-    at = state.gpr[base] + iced.memory_displacement & (1 << 64) - 1
-    if index in REGISTERS:
-        at = at + state.gpr[REGISTERS[index][0]] * iced.memory_index_scale & (1 << 64) - 1
+    at = operand_address(insn, state)
     if not DATA <= at < DATA + 0x3000:
         return
     size = MemorySizeExt.size(iced.memory_size)
