@@ -95,9 +95,16 @@ class Expression:
         raise SyntaxFault(f"{self.text!r} is no expression")
 
     def folded(self, constants: Mapping[str, int]) -> str:
-        """Text for keystone: one number if it depends on constants alone, else as written."""
-        if all(name in constants for name in self.symbols):
+        """Text for keystone: a number or ``label+number`` if it can be put so, else as written."""
+        unknown = [name for name in self.symbols if name not in constants]
+        if not unknown:
             return str(self.value(constants))
+        if len(unknown) == 1:
+            at_zero, at_one, far = (
+                self.value({**constants, unknown[0]: probe}) for probe in (0, 1, 1 << 20)
+            )
+            if at_one - at_zero == 1 and far - at_zero == 1 << 20:
+                return f"{unknown[0]}{at_zero:+d}" if at_zero else unknown[0]
         return _DOLLAR.sub(HERE, self.text)
 
 

@@ -36,6 +36,8 @@ _ALIASES |= {"loopnz": "loopne", "retn": "ret", "ud2a": "ud2"}
 _FORMS = {"retfq": "RETFQ", "sysretq": "SYSRETQ", "sysexitq": "SYSEXITQ"}
 """Mnemonics that iced-x86 tells apart by form alone."""
 _SHIFTS = ("shl", "shr", "sar", "rol", "ror", "rcl", "rcr")
+_WORD_READERS = ("lldt", "lmsw", "ltr", "verr", "verw")
+"""They read 16 bits of a register whatever the operand size, so iced-x86 may name it wider."""
 _COMMUTATIVE = ("xchg", "test")
 _IMMEDIATE_BITS: dict[int, int] = {
     OpKind.IMMEDIATE8: 8,
@@ -144,13 +146,18 @@ class _Check:
         kind = self.insn.op_kind(place)
         match wanted.value:
             case str(register):
-                return (
-                    kind == OpKind.REGISTER and self.insn.op_register(place) == REGISTERS[register]
-                )
+                return kind == OpKind.REGISTER and self._register(register, place)
             case Memory() as memory:
                 return kind == OpKind.MEMORY and self._memory(memory)
             case Expression() as expression:
                 return self._number(kind, place, expression.value(self.symbols))
+
+    def _register(self, wanted: str, place: int) -> bool:
+        number: Any = REGISTERS[wanted]
+        actual: Any = self.insn.op_register(place)
+        if self.name in _WORD_READERS and RegisterExt.size(number) == 2:
+            return bool(RegisterExt.full_register(actual) == RegisterExt.full_register(number))
+        return bool(actual == number)
 
     def _number(self, kind: int, place: int, value: int) -> bool:
         if kind in _NEAR_BRANCHES:

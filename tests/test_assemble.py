@@ -34,6 +34,8 @@ from sandbox.errors import GuestImageError
         ("rep stosq", "f3 48 ab"),
         ("lock add dword ptr [rax], ecx", "f0 01 08"),
         ("iretq", "48 cf"),
+        ("ltr ax", "0f 00 d8"),
+        ("lea rax, [rip + x + N]\nN = 3\nx: hlt", "48 8d 05 03 00 00 00 f4"),
         ("pushf", "9c"),
         ("retfq", "48 cb"),
         ("mov rax, qword ptr fs:[rbx+rcx*8-1]", "64 48 8b 44 cb ff"),
