@@ -184,14 +184,21 @@ class UnsupportedFormError(Exception):
 
 def bind_sse_guard(cpu: Cpu) -> Step:
     """#UD if CR0.EM or not CR4.OSFXSR; #NM if CR0.TS (SDM Vol. 3, 13.1)."""
-    read = cpu.registers.bank.read
+    read, controls = cpu.registers.bank.read, cpu.registers.controls
 
-    def guard() -> None:
+    def check() -> None:
         cr0 = read("cr0")
         if cr0 & _CR0_EM or not read("cr4") & _CR4_OSFXSR:
             raise Fault(UD)
         if cr0 & _CR0_TS:
             raise Fault(NM)
+
+    if controls is None:
+        return check
+
+    def guard() -> None:
+        if controls[0] & (_CR0_EM | _CR0_TS) or not controls[4] & _CR4_OSFXSR:
+            check()
 
     return guard
 
@@ -201,27 +208,27 @@ def bind_avx_guard(cpu: Cpu) -> Step:
 
     SDM Vol. 2, 2.4 (exception conditions of VEX instructions).
     """
-    registers = cpu.registers
+    registers, controls = cpu.registers, cpu.registers.controls
     read = registers.bank.read
 
-    def guard() -> None:
+    def check() -> None:
         cr0 = read("cr0")
-        if (
-            cr0 & (_CR0_PE | _CR0_TS) != _CR0_PE
-            or registers.xcr0 & _XCR0_SSE_AVX != _XCR0_SSE_AVX
-            or not read("cr4") & _CR4_OSXSAVE
-        ):
-            enabled = registers.xcr0 & _XCR0_SSE_AVX == _XCR0_SSE_AVX
-            if not (cr0 & _CR0_PE and enabled and read("cr4") & _CR4_OSXSAVE):
-                raise Fault(UD)
+        enabled = read("cr4") & _CR4_OSXSAVE and registers.xcr0 & _XCR0_SSE_AVX == _XCR0_SSE_AVX
+        if not (cr0 & _CR0_PE and enabled) or (may_be_v86 and read("rflags") & VM):
+            raise Fault(UD)
+        if cr0 & _CR0_TS:
             raise Fault(NM)
 
-    if cpu.bitness != 16:
-        return guard
+    may_be_v86 = cpu.bitness == 16
+    if controls is None or may_be_v86:
+        return check
 
-    def guard16() -> None:
-        if read("rflags") & VM:
-            raise Fault(UD)
-        guard()
+    def guard() -> None:
+        if (
+            controls[0] & (_CR0_PE | _CR0_TS) != _CR0_PE
+            or not controls[4] & _CR4_OSXSAVE
+            or registers.xcr0 & _XCR0_SSE_AVX != _XCR0_SSE_AVX
+        ):
+            check()
 
-    return guard16
+    return guard

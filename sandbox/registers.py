@@ -123,6 +123,8 @@ class Registers:
         self._own = (ctypes.c_uint64 * 8)()
         self.opmask = memoryview(self._own).cast("B").cast("Q")
         """k0-k7."""
+        self.controls: memoryview | None = None
+        """CR0 to CR4 as 64-bit items, if the engine can show them so: to be read only."""
         self.xcr0 = 1
         self.pkru = 0
 

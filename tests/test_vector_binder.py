@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import pytest
 
@@ -87,9 +89,16 @@ def test_legacy_memory_operand_must_be_aligned() -> None:
         ("660ffecb", "cr0", 0x80000019, NM),
     ],
 )
-def test_disabled_vector_state_faults(code: str, register: str, value: int, vector: int) -> None:
+@pytest.mark.parametrize("viewed", [False, True])
+def test_disabled_vector_state_faults(
+    code: str, register: str, value: int, vector: int, viewed: bool
+) -> None:
     cpu = avx_cpu()
     cpu.registers.bank.write(register, value)
+    if viewed:  # an engine that shows its control registers
+        bank = cpu.registers.bank
+        controls = (bank.read(f"cr{n}") for n in range(5))
+        cpu.registers.controls = memoryview(array("Q", controls))
     before = cpu.vec.read(1)
     with pytest.raises(Fault) as fault:
         run(cpu, PADDD, code)

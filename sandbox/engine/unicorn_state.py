@@ -105,12 +105,14 @@ class UnicornBank:
         """The register file: GPRs, RIP and vectors as views of Unicorn's own state."""
         found = self._layout
         vectors = found.vectors
-        return Registers(
+        registers = Registers(
             self.quads[found.gpr // 8 : found.gpr // 8 + 16],
             self.quads[found.rip // 8 : found.rip // 8 + 1],
             self._bytes[vectors : vectors + VECTOR_COUNT * VECTOR_BYTES],
             self,
         )
+        registers.controls = self.quads[self.cr_index : self.cr_index + 5]
+        return registers
 
     @property
     def cpl(self) -> int:
