@@ -47,6 +47,7 @@ from sandbox.descriptors import (
 )
 from sandbox.errors import EngineError
 from sandbox.registers import AC, IF, NT, RF, RSP, TF, VM, Bank, DescriptorTable, Segment
+from sandbox.stack import Stack
 
 IDT = 2
 """Error code bit: the selector index names a gate of the IDT."""
@@ -162,7 +163,7 @@ def _real(cpu: Cpu, memory: SystemMemory, event: Event) -> None:
     cs = bank.read_segment("cs")
     flags = cpu.rflags
     stack = bank.read_segment("ss")
-    frame = _Stack(stack, cpu.gpr[RSP], 0xFFFF, Fault(SS_, event.ext))
+    frame = Stack(stack, cpu.gpr[RSP], Fault(SS_, event.ext))
     frame.push([flags, cs.selector, event.rip], 2)
     frame.check(memory)
 
@@ -225,35 +226,6 @@ def _read_tss(bank: Bank, memory: SystemMemory, offset: int, size: int, event: E
     return int.from_bytes(memory.read(tss.base + offset, size), "little")
 
 
-class _Stack:
-    """A frame being built on a 16- or 32-bit stack: pushed, then checked, then written."""
-
-    def __init__(self, segment: Segment, pointer: int, mask: int, fault: Fault) -> None:
-        self.segment = segment
-        self.pointer = pointer
-        self.mask = mask
-        self.fault = fault
-        self._parts: list[tuple[int, bytes]] = []
-
-    def push(self, values: list[int], size: int) -> None:
-        """Push each value as ``size`` bytes. The stack pointer wraps, the limit does not."""
-        for value in values:
-            offset = (self.pointer - size) & self.mask
-            if not within_limit(self.segment, offset, size):
-                raise self.fault
-            data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
-            self._parts.append(((self.segment.base + offset) & 0xFFFF_FFFF, data))
-            self.pointer = self.pointer & ~self.mask | offset
-
-    def check(self, memory: SystemMemory) -> None:
-        for address, data in self._parts:
-            memory.check_write(address, len(data))
-
-    def write(self, memory: SystemMemory) -> None:
-        for address, data in self._parts:
-            memory.write(address, data)
-
-
 def _inner_stack(cpu: Cpu, memory: SystemMemory, cpl: int, event: Event) -> tuple[Segment, int]:
     """SS and ESP for privilege level ``cpl`` from a 16- or 32-bit TSS, checked."""
     bank = cpu.registers.bank
@@ -295,9 +267,7 @@ def _protected(cpu: Cpu, memory: SystemMemory, event: Event) -> None:
         stack, stack_error = old_ss, event.ext
     if event.error_code is not None:
         values.append(event.error_code)
-    frame = _Stack(
-        stack, esp & 0xFFFF_FFFF, 0xFFFF_FFFF if stack.db else 0xFFFF, Fault(SS_, stack_error)
-    )
+    frame = Stack(stack, esp & 0xFFFF_FFFF, Fault(SS_, stack_error))
     frame.push(values, size)
     if not within_limit(code, gate.offset, 1):
         raise Fault(GP, event.ext)
@@ -343,24 +313,21 @@ def _long(cpu: Cpu, memory: SystemMemory, event: Event) -> None:
     values = [old_ss.selector, old_rsp, _pushed_flags(cpu, event), old_cs.selector, event.rip]
     if event.error_code is not None:
         values.append(event.error_code)
-    frame = b"".join(v.to_bytes(8, "little") for v in reversed(values))
-    top = rsp & ~15
-    rsp = (top - len(frame)) & 0xFFFF_FFFF_FFFF_FFFF
-    if not is_canonical(top - 1 & 0xFFFF_FFFF_FFFF_FFFF) or not is_canonical(rsp):
-        raise Fault(SS_, event.ext)
+    frame = Stack(old_ss, rsp & ~15, Fault(SS_, event.ext), flat=True)
+    frame.push(values, 8)
     if not is_canonical(gate.offset):
         raise Fault(GP, event.ext)
     pushes: SystemMemory = memory if cpl < 3 else cpu.memory
-    pushes.check_write(rsp, len(frame))
+    frame.check(pushes)
     touch_code: Callable[[], None]
     touch_code, code = touch(bank, memory, code)
 
-    pushes.write(rsp, frame)
+    frame.write(pushes)
     touch_code()
     bank.write_segment("cs", replace(code, selector=code.selector & ~3 | cpl))
     if inner:
         bank.write_segment("ss", null_stack(cpl))
-    cpu.gpr[RSP] = rsp
+    cpu.gpr[RSP] = frame.pointer
     cpu.registers.rip = gate.offset
     cpu.rflags = _handler_flags(flags, gate)
 
