@@ -430,3 +430,51 @@ def test_pipes_cannot_be_sought(tree: Path) -> None:
     assert guest.call(17, 0, SCRATCH, 1, 0) == -ESPIPE
     os.close(read_end)
     os.close(write_end)
+
+
+MKDIR, RMDIR, UNLINK, UNLINKAT, RENAME, TRUNCATE = 83, 84, 87, 263, 82, 76
+
+
+def two_paths(guest: Guest, first: str, second: str) -> tuple[int, int]:
+    return guest.path(first), guest.put(os.fsencode(second) + b"\0", SCRATCH + 0x1000)
+
+
+def test_changing_the_tree_where_it_is_allowed(tree: Path) -> None:
+    guest = guest_below(tree, writable=True)
+    assert guest.call(MKDIR, guest.path("new/"), 0o7777) == 0
+    assert stat.S_IMODE((tree / "new").stat().st_mode) == 0o755
+    assert guest.call(MKDIR, guest.path("new"), 0o755) == -EEXIST
+    assert guest.call(RENAME, *two_paths(guest, "file", "new/file")) == 0
+    assert (tree / "new" / "file").read_bytes() == b"0123456789"
+    assert guest.call(TRUNCATE, guest.path("new/file"), 3) == 0
+    assert (tree / "new" / "file").read_bytes() == b"012"
+    assert guest.call(UNLINK, guest.path("new")) == -EISDIR
+    assert guest.call(UNLINK, guest.path("new/file")) == 0
+    assert guest.call(RMDIR, guest.path("/new/")) == 0
+    assert not (tree / "new").exists()
+    assert guest.call(RMDIR, guest.path("secret")) == -ENOTDIR
+    assert guest.call(RMDIR, guest.path("dir/..")) == -EINVAL
+    assert guest.call(UNLINK, guest.path("missing")) == -ENOENT
+    assert guest.call(UNLINKAT, CWD, guest.path("dir"), 1) == -EINVAL
+
+
+def test_changing_the_tree_never_follows_links_out(tree: Path) -> None:
+    guest = guest_below(tree, writable=True)
+    assert guest.call(UNLINK, guest.path("outside")) == 0  # the link itself
+    assert guest.call(RENAME, *two_paths(guest, "file", "../../moved")) == 0
+    assert (tree / "moved").exists() and not (tree.parent / "moved").exists()
+    assert guest.call(RMDIR, guest.path("outside-relative")) == -ENOTDIR
+    assert guest.call(MKDIR, guest.path("host-absolute"), 0o755) == -EEXIST
+    assert guest.call(RMDIR, guest.path("/")) == -EINVAL
+    assert (tree.parent / "secret").read_text() == "host"
+
+
+def test_the_tree_is_read_only_unless_asked(tree: Path) -> None:
+    guest = guest_below(tree)
+    before = sorted(os.listdir(tree))
+    assert guest.call(MKDIR, guest.path("new"), 0o755) == -EROFS
+    assert guest.call(RENAME, *two_paths(guest, "file", "other")) == -EROFS
+    assert guest.call(TRUNCATE, guest.path("file"), 0) == -EROFS
+    assert guest.call(UNLINK, guest.path("file")) == -EROFS
+    assert guest.call(RMDIR, guest.path("dir/deep")) == -EROFS
+    assert sorted(os.listdir(tree)) == before

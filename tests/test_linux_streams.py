@@ -18,7 +18,7 @@ from random import Random
 
 import pytest
 
-from handlers.linux import Files
+from handlers.linux import Files, Root
 from sandbox.handler import Resume
 from tests.linux_process import BAD, RIP, SCRATCH, SCRATCH_SIZE, Guest, guest_below
 
@@ -266,3 +266,34 @@ def test_poll_times_out(pipes: Pipes) -> None:
     timeout = guest.put(struct.pack("<2q", 0, 1), SCRATCH + 64)
     guest.process.waiting = None
     assert guest.call(PPOLL, SCRATCH, 1, timeout, 0, 8) == 0
+
+
+def test_sendfile_copies_a_file_to_a_stream(pipes: Pipes, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"0123456789")
+    guest = pipes.guest
+    guest.process.files.root = Root(tmp_path)
+    fd, sendfile = guest.open("data"), 40
+    assert guest.call(sendfile, 1, fd, 0, 4) == 4
+    assert guest.call(sendfile, 1, fd, 0, HUGE) == 6
+    assert guest.call(sendfile, 1, fd, 0, HUGE) == 0
+    assert pipes.output() == b"0123456789"
+    offset = guest.put(struct.pack("<q", 8))
+    assert guest.call(sendfile, 1, fd, offset, 100) == 2
+    assert (pipes.output(), guest.get(1)) == (b"89", b"\x0a")
+    assert guest.call(sendfile, 1, 0, 0, 1) == -EINVAL
+    assert guest.call(sendfile, 0, fd, 0, 1) == -EBADF
+    assert guest.call(sendfile, 1, fd, BAD, 1) == -EFAULT
+
+
+def test_an_endless_transfer_gives_way(tmp_path: Path) -> None:
+    """1024 vectors over the same memory: gigabytes by one call."""
+    with (tmp_path / "sparse").open("wb") as sparse:
+        sparse.truncate(1 << 32)
+    guest = guest_below(tmp_path)
+    at = guest.call(9, 0, 8 << 20, 3, 0x22, -1, 0)
+    guest.put(struct.pack("<2Q", at, 8 << 20) * 1024)
+    fd = guest.open("sparse")
+    assert guest.step(READV, fd, SCRATCH, 1024) == Resume(RIP)
+    first = guest.process.waiting
+    assert guest.step(READV, fd, SCRATCH, 1024) == Resume(RIP)
+    assert 0 < first < guest.process.waiting == guest.call(8, fd, 0, 1)

@@ -7,7 +7,7 @@ may see of the host is its three standard streams and, if given, one directory
 
 from __future__ import annotations
 
-from handlers.linux import clocks, filesystem, identity, mman, signals, threads, transfer
+from handlers.linux import clocks, filesystem, identity, mman, signals, threads, transfer, tree
 from handlers.linux.files import Files
 from handlers.linux.memory import AddressSpace, FrameAllocator
 from handlers.linux.process import Identity, Process, ProcessExit
@@ -16,7 +16,7 @@ from handlers.linux.start import Machine, ProcessStart, start_process
 from handlers.linux.syscalls import SYSCALLS, emulate_syscall
 from sandbox.handler import Pack
 
-CALL_MODULES = (clocks, filesystem, identity, mman, signals, threads, transfer)
+CALL_MODULES = (clocks, filesystem, identity, mman, signals, threads, transfer, tree)
 """The modules whose declarations fill the system call table."""
 
 PACK = Pack.of("linux", emulate_syscall)

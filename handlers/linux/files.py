@@ -79,13 +79,19 @@ class OpenFile:
             self.entries = [(b".", inode, _DT_DIR), (b"..", inode, _DT_DIR)]
             with os.scandir(self.host) as listing:
                 for entry in listing:
-                    kind = entry.stat(follow_symlinks=False).st_mode
-                    name = os.fsencode(entry.name)
-                    self.entries.append((name, entry.inode(), stat.S_IFMT(kind) >> 12))
+                    self.entries.append((os.fsencode(entry.name), entry.inode(), _d_type(entry)))
         return self.entries
 
 
+_DT_UNKNOWN = 0
 _DT_DIR = stat.S_IFDIR >> 12
+
+
+def _d_type(entry: os.DirEntry[str]) -> int:
+    try:
+        return stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode) >> 12
+    except FileNotFoundError:  # removed since it was listed
+        return _DT_UNKNOWN
 
 
 @dataclass(slots=True)

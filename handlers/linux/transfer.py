@@ -10,6 +10,7 @@ import os
 import select
 import stat
 import struct
+import time
 from errno import EBADF, EFAULT, EINVAL, EISDIR, ESPIPE
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ MAX_TRANSFER = 0x7FFF_F000
 """MAX_RW_COUNT: more is not moved by one call."""
 MAX_VECTORS = 1024
 """UIO_MAXIOV."""
+STEP_SECONDS = 0.05
+"""A transfer that takes longer goes on when the guest executes the call again."""
 
 Vectors = list[tuple[int, int]]
 """Pieces of guest memory: (address, size)."""
@@ -68,10 +71,28 @@ def _writer(process: Process, fd: int) -> OpenFile:
     return file
 
 
+def _rest(vectors: Vectors, skip: int) -> Vectors:
+    """What is left of ``vectors`` after the first ``skip`` bytes."""
+    left: Vectors = []
+    for address, size in vectors:
+        passed = min(skip, size)
+        skip -= passed
+        if size > passed:
+            left.append((address + passed, size - passed))
+    return left
+
+
+def _give_way(process: Process, done: int, end: float) -> None:
+    """Let the run look at its deadline if this call has been at it for long."""
+    if time.monotonic() > end:
+        process.waiting = done
+        raise Again
+
+
 def fill(process: Process, file: OpenFile, vectors: Vectors, position: int | None = None) -> int:
     """Read from ``file`` into guest memory, at ``position`` or at the file's own."""
-    done = 0
-    for address, size in vectors:
+    done, end = process.waiting or 0, time.monotonic() + STEP_SECONDS
+    for address, size in _rest(vectors, done):
         got = 0
         while got < size:
             if done and file.stream:
@@ -92,21 +113,20 @@ def fill(process: Process, file: OpenFile, vectors: Vectors, position: int | Non
             done += len(data)
             if len(data) < room:
                 return done
+            if not file.stream:
+                _give_way(process, done, end)
     return done
 
 
-def gather(process: Process, vectors: Vectors, skip: int, limit: int) -> bytes:
-    """Up to ``limit`` bytes of guest memory after the first ``skip``, as far as it is readable."""
+def gather(process: Process, vectors: Vectors, limit: int) -> bytes:
+    """Up to ``limit`` bytes from the front of ``vectors``, as far as they are readable."""
     found = bytearray()
     for address, size in vectors:
-        if skip >= size:
-            skip -= size
-            continue
-        want = min(size - skip, limit - len(found))
+        want = min(size, limit - len(found))
         if not want:
             break
         try:
-            piece = process.read_prefix(address + skip, want)
+            piece = process.read_prefix(address, want)
         except Fault:
             if found:
                 break
@@ -114,7 +134,6 @@ def gather(process: Process, vectors: Vectors, skip: int, limit: int) -> bytes:
         found += piece
         if len(piece) < want:
             break
-        skip = 0
     return bytes(found)
 
 
@@ -124,11 +143,11 @@ def drain(process: Process, file: OpenFile, vectors: Vectors, position: int | No
     A stream takes it in pieces that cannot block. If the call has to wait in between, it goes on
     where it was when it is executed again.
     """
-    total = sum(size for _address, size in vectors)
-    done = process.waiting or 0
-    while done < total:
+    done, end = process.waiting or 0, time.monotonic() + STEP_SECONDS
+    left = _rest(vectors, done)
+    while left:
         try:
-            data = gather(process, vectors, done, PIPE_BUF if file.stream else CHUNK)
+            data = gather(process, left, PIPE_BUF if file.stream else CHUNK)
             file.wait(select.POLLOUT)
             if position is None:
                 wrote = os.write(file.host, data)
@@ -147,8 +166,11 @@ def drain(process: Process, file: OpenFile, vectors: Vectors, position: int | No
                 break
             raise
         done += wrote
+        left = _rest(left, wrote)
         if wrote < len(data):
             break
+        if left:
+            _give_way(process, done, end)
     return done
 
 
@@ -206,3 +228,26 @@ def preadv(process: Process, fd: int, address: int, count: int, position: int) -
 def pwritev(process: Process, fd: int, address: int, count: int, position: int) -> int:
     file = _writer(process, fd)
     return drain(process, file, _vectors(process, address, count), _seekable(file, position))
+
+
+@syscall(40, "sendfile", "int int address size")
+def sendfile(process: Process, target: int, source: int, offset: int, size: int) -> int:
+    """From a regular file to anything. What a stream does not take at once is left for later."""
+    reader, writer = _reader(process, source), _writer(process, target)
+    if reader.kind != stat.S_IFREG:
+        raise error(EINVAL)
+    start = process.cpu.read_int(offset, 8) if offset else os.lseek(reader.host, 0, os.SEEK_CUR)
+    if start >= 1 << 63:
+        raise error(EINVAL)
+    writer.wait(select.POLLOUT)
+    data = os.pread(reader.host, min(size, PIPE_BUF if writer.stream else CHUNK), start)
+    try:
+        wrote = os.write(writer.host, data) if data else 0
+    except BrokenPipeError:
+        signals.broken_pipe(process)
+        raise
+    if offset:
+        process.write_int(offset, start + wrote, 8)
+    else:
+        os.lseek(reader.host, start + wrote, os.SEEK_SET)
+    return wrote
