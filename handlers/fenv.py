@@ -15,7 +15,7 @@ import contextvars
 import ctypes
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -39,7 +39,8 @@ OSXMMEXCPT = 1 << 10
 """CR4 bit: the OS handles #XM; else an unmasked exception is #UD (SDM Vol. 3, 2.5)."""
 
 Exact: TypeAlias = Callable[[int], tuple[list[int], int]]
-"""``exact(mxcsr)``: the lanes of the result as bit patterns and the flags, computed on integers."""
+"""``exact(mxcsr)``: the lanes of the result as bit patterns, computed on integers, and the flags
+that the operation leaves in MXCSR."""
 
 Reference: TypeAlias = Callable[..., Result]
 """An operation of :mod:`handlers.softfloat`: ``(format, *bits, mxcsr)``."""
@@ -90,10 +91,11 @@ def is_available() -> bool:
     return _host is not None
 
 
-def bracket(compute: Step) -> Callable[[int], int] | None:
-    """``run(mxcsr)``: do ``compute`` under the control bits of ``mxcsr``, return the flags raised.
+def bracket(*stages: Step) -> Callable[[int], int] | None:
+    """``run(mxcsr)``: do the stages under the control bits of ``mxcsr``, return the flags raised.
 
-    ``compute`` is best a single call of a NumPy ufunc. None if the host cannot do it.
+    Each stage is a single call of a NumPy ufunc whose flags count: a ufunc clears those that an
+    earlier one raised, so they are read after each stage. None if the host cannot do it.
     """
     if _host is None:
         return None
@@ -102,6 +104,23 @@ def bracket(compute: Step) -> Callable[[int], int] | None:
     env_at, mode_at, host_at = map(ctypes.byref, (env, mode, _host.host_mode))
     words, status = memoryview(env).cast("B").cast("I"), memoryview(mode).cast("B").cast("I")
     inside = _quiet.copy().run
+
+    def run_all(mxcsr: int) -> int:
+        flags = 0
+        words[7] = mxcsr & CONTROL | MASKS
+        try:
+            enter(env_at)
+            for stage in stages:
+                inside(stage)
+                look(mode_at)
+                flags |= status[1]
+        finally:
+            leave(host_at)
+        return flags & FLAGS
+
+    if len(stages) != 1:
+        return run_all
+    (compute,) = stages
 
     def run(mxcsr: int) -> int:
         words[7] = mxcsr & CONTROL | MASKS
@@ -121,14 +140,17 @@ def quietly(compute: Step) -> Step:
     return partial(_quiet.copy().run, compute)
 
 
-def bind_float(cpu: Cpu, compute: Step, exact: Exact, out: Lanes) -> Step:
-    """A step for ``compute``, which writes ``out`` and raises flags as the CPU would.
+def bind_float(
+    cpu: Cpu, stages: Sequence[Step], exact: Exact, out: Lanes, finish: Step | None = None
+) -> Step:
+    """A step for ``stages`` (see :func:`bracket`), which raise flags as the CPU would.
 
-    ``exact`` gives the same on integers. Raises #XM, or #UD without CR4.OSXMMEXCPT, with the
-    flags set in MXCSR and ``out`` unwritten.
+    The last of them, or ``finish`` after them, writes ``out``. ``exact`` gives the same on
+    integers. Raises #XM, or #UD without CR4.OSXMMEXCPT, with the flags set in MXCSR and ``out``
+    unwritten.
     """
     careful = bind_exact(cpu, exact, out)
-    run = bracket(compute)
+    run = bracket(*stages)
     read, write = cpu.registers.bank.read, cpu.registers.bank.write
     if run is None:
         return lambda: careful(read("mxcsr"))
@@ -139,6 +161,8 @@ def bind_float(cpu: Cpu, compute: Step, exact: Exact, out: Lanes) -> Step:
             careful(mxcsr)
             return
         flags = run(mxcsr)
+        if finish is not None:
+            finish()
         if flags & ~mxcsr:
             write("mxcsr", mxcsr | flags)
 
@@ -160,7 +184,7 @@ def bind_exact(cpu: Cpu, exact: Exact, out: Lanes) -> Callable[[int], None]:
 def raise_flags(cpu: Cpu, mxcsr: int, flags: int) -> None:
     """Set ``flags`` in MXCSR; raise #XM, or #UD, if one of them is not masked."""
     if flags & ~mxcsr:
-        cpu.mxcsr = mxcsr | committed(flags, mxcsr)
+        cpu.mxcsr = mxcsr | flags
     if unmasked(flags, mxcsr):
         raise Fault(XM if cpu.registers.bank.read("cr4") & OSXMMEXCPT else UD)
 
@@ -170,14 +194,19 @@ def each_lane(reference: Reference, f: Format, *sources: Lanes) -> Exact:
     views = [bits_of(source) for source in sources]
 
     def exact(mxcsr: int) -> tuple[list[int], int]:
-        lanes, flags = [], 0
-        for operands in zip(*(view.tolist() for view in views), strict=True):
-            bits, raised = reference(f, *operands, mxcsr)
-            lanes.append(bits)
-            flags |= raised
-        return lanes, flags
+        lanes = zip(*(view.tolist() for view in views), strict=True)
+        return collect((reference(f, *operands, mxcsr) for operands in lanes), mxcsr)
 
     return exact
+
+
+def collect(results: Iterable[Result], mxcsr: int) -> tuple[list[int], int]:
+    """The lanes computed in one step, and the flags that the step leaves in MXCSR."""
+    lanes, flags = [], 0
+    for bits, raised in results:
+        lanes.append(bits)
+        flags |= raised
+    return lanes, committed(flags, mxcsr)
 
 
 def bits_of(lanes: Lanes) -> Lanes:

@@ -42,7 +42,7 @@ def _between_floats(form: Form, a: Lanes, out: Lanes) -> Step:
     def reference(_f: Format, bits: int, mxcsr: int) -> Result:
         return soft.convert(source, target, bits, mxcsr)
 
-    return bind_float(form.cpu, _assign(out, a), each_lane(reference, source, a), out)
+    return bind_float(form.cpu, [_assign(out, a)], each_lane(reference, source, a), out)
 
 
 def _signed(bits: int, size: int) -> int:
@@ -58,7 +58,7 @@ def _from_integers(a: Lanes) -> Reference:
 
 def _integers_to_single(form: Form, a: Lanes, out: Lanes) -> Step:
     exact = each_lane(_from_integers(a), F32, a)
-    return bind_float(form.cpu, _assign(out, a), exact, out)
+    return bind_float(form.cpu, [_assign(out, a)], exact, out)
 
 
 def _integer_to_float(form: Form, a: Lanes, out: Lanes) -> Step:

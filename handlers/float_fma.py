@@ -18,7 +18,7 @@ import numpy as np
 
 from handlers import float_forms
 from handlers import softfloat as soft
-from handlers.fenv import Exact, bind_exact, bits_of, bracket, is_available
+from handlers.fenv import Exact, bind_exact, bits_of, bracket, collect, is_available
 from handlers.float_forms import FORMATS, family, items
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import DAZ, FTZ, MASKS, Format
@@ -135,12 +135,11 @@ def _bind_integers(
     views = [bits_of(view) for view in (x, y, z)]
 
     def exact(mxcsr: int) -> tuple[list[int], int]:
-        lanes, flags = [], 0
-        for a, b, c, negate in zip(*(v.tolist() for v in views), negate_z, strict=True):
-            bits, raised = soft.fma(f, a, b, c, mxcsr, bool(product_sign), bool(negate))
-            lanes.append(bits)
-            flags |= raised
-        return lanes, flags
+        lanes = zip(*(view.tolist() for view in views), negate_z, strict=True)
+        return collect(
+            (soft.fma(f, a, b, c, mxcsr, bool(product_sign), bool(n)) for a, b, c, n in lanes),
+            mxcsr,
+        )
 
     return exact
 

@@ -41,7 +41,7 @@ def by_ufunc(ufunc: Callable[..., Any], reference: Reference) -> Plan:
     def plan(form: Form, *views: Lanes) -> Step:
         *sources, out = views
         exact = each_lane(reference, FORMATS[out.itemsize], *sources)
-        return bind_float(form.cpu, partial(ufunc, *sources, out), exact, out)
+        return bind_float(form.cpu, [partial(ufunc, *sources, out)], exact, out)
 
     return plan
 
