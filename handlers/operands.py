@@ -48,14 +48,13 @@ UNALIGNED_LEGACY = frozenset(
 class Place:
     """``size`` bytes at ``raw[offset:]``: a register, or a scratch buffer for memory."""
 
-    __slots__ = ("file_size", "is_gpr", "is_memory", "offset", "raw", "size")
+    __slots__ = ("is_gpr", "is_memory", "offset", "raw", "size")
 
     def __init__(
         self,
         raw: memoryview,
         offset: int,
         size: int,
-        file_size: int,
         *,
         is_gpr: bool = False,
         is_memory: bool = False,
@@ -64,8 +63,6 @@ class Place:
         self.offset = offset
         self.size = size
         """Bytes that the instruction form looks at."""
-        self.file_size = file_size
-        """Bytes up to the end of the register that the place lies in."""
         self.is_gpr = is_gpr
         self.is_memory = is_memory
 
@@ -82,7 +79,7 @@ class Place:
 
 def scratch(size: int = VECTOR_BYTES, used: int | None = None) -> Place:
     """A zeroed place of its own."""
-    return Place(memoryview(bytearray(size)), 0, size if used is None else used, size)
+    return Place(memoryview(bytearray(size)), 0, size if used is None else used)
 
 
 class Form:
@@ -132,12 +129,12 @@ class Form:
         if RegisterExt.is_vector_register(register):
             return self.vector(number, size)
         if RegisterExt.is_gpr32(register) or RegisterExt.is_gpr64(register):
-            return Place(self.cpu.gpr.cast("B"), 8 * number, size, 8, is_gpr=True)
+            return Place(self.cpu.gpr.cast("B"), 8 * number, size, is_gpr=True)
         raise UnsupportedFormError
 
     def vector(self, number: int, size: int) -> Place:
         """The low ``size`` bytes of vector register ``number``."""
-        return Place(self.cpu.vec.raw, VECTOR_BYTES * number, size, VECTOR_BYTES)
+        return Place(self.cpu.vec.raw, VECTOR_BYTES * number, size)
 
     def alignment(self) -> int:
         """What the memory operand's address must be a multiple of, else #GP(0)."""

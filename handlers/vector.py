@@ -37,7 +37,6 @@ function raises. :func:`whole` operations and all stores are staged.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -47,6 +46,7 @@ from typing import Any
 from iced_x86 import EncodingKind
 
 from handlers.operands import Form, Place, Step, UnsupportedFormError, scratch
+from handlers.signature import LaneType, Signature
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
 from sandbox.handler import Action, Handler
@@ -65,54 +65,6 @@ class Extent(Enum):
     LANEWISE = auto()
     SCALAR = auto()
     WHOLE = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class LaneType:
-    """One item of a signature: NumPy kind, bytes per lane (0: as the operand), lanes per row."""
-
-    kind: str
-    size: int
-    row: int
-
-    @classmethod
-    def parse(cls, text: str) -> LaneType:
-        """``u4``, ``i*``, ``u1x16`` or ``b``; ValueError says what is wrong."""
-        if text == "b":
-            return cls("b", 1, 0)
-        match = re.fullmatch(r"([uif])([1248]|\*)(?:x(\d+))?", text)
-        if match is None:
-            raise ValueError(f"lane type {text!r}: want such as u4, f8, i*, u1x16 or b")
-        kind, size, row = match.groups()
-        return cls(kind, 0 if size == "*" else int(size), int(row or 0))
-
-    def width(self, place: Place) -> int:
-        """Bytes per lane in ``place``."""
-        return self.size or place.size
-
-    def view(self, place: Place, count: int) -> Any:
-        """The first ``count`` lanes of ``place``."""
-        if self.kind == "b":
-            return place.bytes(count)
-        lanes = place.lanes(f"{self.kind}{self.width(place)}", count)
-        return lanes.reshape(-1, self.row) if self.row else lanes
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """Lane types of the sources and of the destination; None: the status flags."""
-
-    sources: tuple[LaneType, ...]
-    destination: LaneType | None
-
-    @classmethod
-    def parse(cls, text: str) -> Signature:
-        """``"u4,u4->u4"``, ``"f4,f4->flags"``."""
-        left, arrow, right = text.replace(" ", "").partition("->")
-        if not arrow:
-            raise ValueError(f"signature {text!r}: want such as 'u4,u4->u4'")
-        sources = tuple(LaneType.parse(item) for item in left.split(","))
-        return cls(sources, None if right == "flags" else LaneType.parse(right))
 
 
 @dataclass(eq=False)
@@ -210,10 +162,9 @@ def mnemonics_of(names: Sequence[str]) -> tuple[str, ...]:
 
 def end_of_write(form: Form) -> int:
     """Bytes of the destination register that the form defines: zeroed beyond its result."""
-    target = form.places[0]
-    if target.is_gpr:
+    if form.places[0].is_gpr:
         return 8
-    return min(VECTOR_BYTES, target.file_size) if not form.legacy else 16
+    return 16 if form.legacy else VECTOR_BYTES
 
 
 def _nothing() -> None:

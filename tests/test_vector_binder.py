@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from handlers.operands import Form, Lanes, Step
-from handlers.vector import Extent, Signature, lanewise, operation, scalar, whole
+from handlers.signature import Signature
+from handlers.vector import Extent, lanewise, operation, scalar, whole
 from sandbox.cpu import GP, NM, PF_, UD, Cpu, Fault
 from sandbox.decode import decode
 from sandbox.handler import Handler
