@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from handlers import strings
+from sandbox.native import State
 from sandbox.registers import AF, CF, PF, SF, ZF
-from tests.differential import sweep
+from tests.differential import HandlerSubject, compare, sweep
 from tests.vector_forms import execute, forms_of_handlers, handlers_of, small_cpu
 
 HANDLERS = handlers_of(strings)
@@ -73,3 +76,25 @@ def test_words_may_be_signed() -> None:
     assert cpu.gpr[1] == 1
     execute(HANDLERS, cpu, "660f3a63ca05")  # unsigned: FFFEh to 2 is empty
     assert cpu.gpr[1] == 8
+
+
+@pytest.mark.parametrize("opcode", ["60", "61", "62", "63"])
+def test_all_control_bytes_on_short_texts_of_few_letters(opcode: str) -> None:
+    """Random registers seldom hold a match; texts over three letters, ends included, do."""
+    subject = HandlerSubject(HANDLERS)
+    rng = random.Random(opcode)
+    for imm in range(0x80):
+        states = []
+        for _ in range(6):
+            state = State()
+            first, second = (
+                bytes(rng.choices((0x7E, 0x80, 0x81, 0), (4, 4, 4, 1), k=16)) for _ in "ab"
+            )
+            at = rng.randrange(14)
+            first = rng.choice((first, second[at:].ljust(16, b"\0"), second))
+            state.set_vector(1, first)
+            state.set_vector(2, second)
+            state.gpr[0] = rng.choice((rng.randrange(-18, 18) & (1 << 64) - 1, rng.randrange(20)))
+            state.gpr[2] = rng.choice((rng.randrange(-18, 18) & 0xFFFFFFFF, rng.randrange(20)))
+            states.append(state)
+        compare(f"660f3a{opcode}ca{imm:02x}", subject, states=states)
