@@ -17,6 +17,7 @@ from handlers import softfloat as soft
 from handlers.fenv import (
     Reference,
     bind_exact,
+    bind_mxcsr,
     bits_of,
     bracket,
     each_lane,
@@ -81,12 +82,12 @@ def _comparison(predicate: int, ones: int) -> Reference:
 def _compare_packed(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     f, predicate = FORMATS[a.itemsize], _predicate(form)
     ones = (1 << 8 * a.itemsize) - 1
-    bank = form.cpu.registers.bank
+    read, write = bind_mxcsr(form.cpu), form.cpu.registers.bank.write
     careful = bind_exact(form.cpu, each_lane(_comparison(predicate, ones), f, a, b), out)
     order = _Order(a, b)
     run = bracket(order.compute)
     if run is None:
-        return lambda: careful(bank.read("mxcsr"))
+        return lambda: careful(read())
     wanted = soft.PREDICATES[predicate]
     # the lanes for which the predicate holds, from the two masks of ordered lanes
     less = order.all if wanted & LESS else 0
@@ -94,10 +95,9 @@ def _compare_packed(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     greater = order.all if wanted & GREATER else 0
     words, every, raw = order.words, order.all, items(out).cast("B")
     lanes = _Expansion(len(a), a.itemsize)
-    read, write = bank.read, bank.write
 
     def step() -> None:
-        mxcsr = read("mxcsr")
+        mxcsr = read()
         flags = run(mxcsr)
         below, above = words
         if below | above != every or mxcsr & MASKS != MASKS:
@@ -176,18 +176,17 @@ def _select_packed(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     chosen = np.zeros(len(a), np.bool_)
     run = bracket(order.compute)
     flush = bracket(partial(np.multiply, out, np.ones_like(out), out))
-    bank = cpu.registers.bank
+    read, write, putmask = bind_mxcsr(cpu), cpu.registers.bank.write, np.putmask
     if run is None or flush is None:
-        return lambda: careful(bank.read("mxcsr"))
+        return lambda: careful(read())
     # a < b is not (a >= b), a > b is not (a <= b), where nothing is unordered
     refused = order.less_equal if maximum else order.greater_equal
     words, every = order.words, order.all
     choose = partial(np.logical_not, refused, chosen)
     second, raw = items(b).cast("B"), items(out).cast("B")
-    read, write, putmask = bank.read, bank.write, np.putmask
 
     def step() -> None:
-        mxcsr = read("mxcsr")
+        mxcsr = read()
         flags = run(mxcsr)
         if words[0] | words[1] != every or mxcsr & MASKS != MASKS:
             careful(mxcsr)

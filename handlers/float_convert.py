@@ -18,6 +18,7 @@ from handlers.fenv import (
     Reference,
     bind_exact,
     bind_float,
+    bind_mxcsr,
     bits_of,
     bracket,
     each_lane,
@@ -99,14 +100,15 @@ _MAGIC_HIGH = int(np.array([_MAGIC]).view("u8")[0]) >> 32
 
 def _to_integers(form: Form, a: Lanes, out: Lanes) -> Step:
     """CVT(T)PS2DQ, CVT(T)PD2DQ. They raise IE and PE but never DE."""
-    bank, truncating = form.cpu.registers.bank, _truncating(form)
+    read, write = bind_mxcsr(form.cpu), form.cpu.registers.bank.write
+    truncating = _truncating(form)
     careful = bind_exact(form.cpu, _to_integers_exact(form, a, out), out)
     truncate, round_off = _by_cast(a, out), _by_addition(a, out)
     if truncate is None or round_off is None:
-        return lambda: careful(bank.read("mxcsr"))
+        return lambda: careful(read())
 
     def step() -> None:
-        mxcsr = bank.read("mxcsr")
+        mxcsr = read()
         if mxcsr & MASKS != MASKS:
             careful(mxcsr)
             return
@@ -115,7 +117,7 @@ def _to_integers(form: Form, a: Lanes, out: Lanes) -> Step:
         if flags & IE:
             careful(mxcsr)
         elif flags & ~mxcsr & PE:
-            bank.write("mxcsr", mxcsr | PE)
+            write("mxcsr", mxcsr | PE)
 
     return step
 
@@ -164,17 +166,17 @@ def _float_to_integer(form: Form, a: Lanes, out: Lanes) -> Step:
     low, high = -1 << (8 * out.itemsize - 1), 1 << (8 * out.itemsize - 1)
     below, above = float(low) - 1.0, float(high)
     source, target = items(a), items(out)
-    bank = cpu.registers.bank
+    read, write = bind_mxcsr(cpu), cpu.registers.bank.write
 
     def step() -> None:
-        mxcsr = bank.read("mxcsr")
+        mxcsr = read()
         value = source[0]
         if below <= value < above and mxcsr & MASKS == MASKS:
             result = _ROUNDERS[RZERO if truncating else mxcsr >> 13 & 3](value)
             if low <= result < high and (value == 0 or abs(value) > 1e-30):
                 target[0] = result
                 if result != value and not mxcsr & PE:
-                    bank.write("mxcsr", mxcsr | PE)
+                    write("mxcsr", mxcsr | PE)
                 return
         careful(mxcsr)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from handlers import float_forms
 from handlers import softfloat as soft
-from handlers.fenv import Exact, bind_exact, bits_of, bracket, collect, is_available
+from handlers.fenv import Exact, bind_exact, bind_mxcsr, bits_of, bracket, collect, is_available
 from handlers.float_forms import FORMATS, family, items
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import DAZ, FTZ, MASKS, Format
@@ -88,9 +88,9 @@ def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan
         x, y, z = (operands[int(digit) - 1] for digit in order)
         negate_z = [addend_signs[i & 1] for i in range(len(out))]
         careful = bind_exact(form.cpu, _bind_integers(x, y, z, product_sign, negate_z), out)
-        bank = form.cpu.registers.bank
+        read, write = bind_mxcsr(form.cpu), form.cpu.registers.bank.write
         if not library_is_exact(out.itemsize):
-            return lambda: careful(bank.read("mxcsr"))
+            return lambda: careful(read())
         x, flip_x = _negated(x, [product_sign] * len(out))
         z, flip_z = _negated(z, negate_z)
         run = bracket(_bind_lanes(x, y, z, items(out).cast("B")))
@@ -100,7 +100,7 @@ def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan
         find_nans = partial(np.isnan, out, np.frombuffer(nans, np.bool_, len(out)))
 
         def step() -> None:
-            mxcsr = bank.read("mxcsr")
+            mxcsr = read()
             flip_x()
             flip_z()
             flags = run(mxcsr)
@@ -108,7 +108,7 @@ def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan
             if found[0] or mxcsr & MASKS != MASKS:
                 careful(mxcsr)
             elif flags & ~mxcsr:
-                bank.write("mxcsr", mxcsr | flags)
+                write("mxcsr", mxcsr | flags)
 
         return step
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from handlers import softfloat as soft
-from handlers.fenv import bind_exact, each_lane, quietly
+from handlers.fenv import bind_exact, bind_mxcsr, each_lane, quietly
 from handlers.float_forms import FORMATS, family
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import DAZ, MASKS, PE, Format, Result
@@ -36,7 +36,8 @@ def _reference(imm: int) -> Callable[[Format, int, int], Result]:
 
 
 def _round(form: Form, a: Lanes, out: Lanes) -> Step:
-    imm, bank = form.imm, form.cpu.registers.bank
+    imm = form.imm
+    read, write = bind_mxcsr(form.cpu), form.cpu.registers.bank.write
     exact = each_lane(_reference(imm), FORMATS[a.itemsize], a)
     careful = bind_exact(form.cpu, exact, out)
     steps = [quietly(partial(_ROUNDERS[mode], a, out)) for mode in range(4)]
@@ -47,7 +48,7 @@ def _round(form: Form, a: Lanes, out: Lanes) -> Step:
     every = int.from_bytes(b"\1" * len(a), "little")
 
     def step() -> None:
-        mxcsr = bank.read("mxcsr")
+        mxcsr = read()
         if mxcsr & (MASKS | DAZ) != MASKS:
             careful(mxcsr)
             return
@@ -59,7 +60,7 @@ def _round(form: Form, a: Lanes, out: Lanes) -> Step:
         if is_ordered[0] != every:
             careful(mxcsr)
         elif not imm & _NO_INEXACT and not mxcsr & PE:
-            bank.write("mxcsr", mxcsr | PE)
+            write("mxcsr", mxcsr | PE)
 
     return step
 

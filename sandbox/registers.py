@@ -125,6 +125,8 @@ class Registers:
         """k0-k7."""
         self.controls: memoryview | None = None
         """CR0 to CR4 as 64-bit items, if the engine can show them so: to be read only."""
+        self.mxcsr_view: memoryview | None = None
+        """MXCSR as one 32-bit item, if the engine can show it so: to be read only."""
         self.xcr0 = 1
         self.pkru = 0
 

@@ -112,6 +112,7 @@ class UnicornBank:
             self,
         )
         registers.controls = self.quads[self.cr_index : self.cr_index + 5]
+        registers.mxcsr_view = self.words[found.mxcsr // 4 : found.mxcsr // 4 + 1]
         return registers
 
     @property
