@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from iced_x86 import InstructionInfoFactory, MemorySizeInfo, Register, RegisterInfo
+from iced_x86 import CodeSize, InstructionInfoFactory, MemorySizeInfo, Register, RegisterInfo
 
 from sandbox.decode import Insn
 from sandbox.native import CODE, DATA, END, READONLY, REGION, REGION_SIZE, State
@@ -26,6 +26,7 @@ _SPECIAL_INTS = (0, 1, 2, 3, 0x1F, 0x20, 0x3F, 0x40, 0x7F, 0x80, 0xFF, 0x7FFF, 0
                  0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 63) - 1, (1 << 64) - 1,
                  (1 << 64) - 0x80, (1 << 64) - 0x8000, 0x0123456789ABCDEF)  # fmt: skip
 
+_GS_BASE = 0x1240
 _POOL = 2048
 _FLOATS = {"f2": (10, 5), "f4": (23, 8), "f8": (52, 11)}
 """Mantissa and exponent bits."""
@@ -259,21 +260,26 @@ class Cases:
         """Set the address registers of one memory operand, and mostly the bytes there."""
         size = max(MemorySizeInfo(used.memory_size).size, 1)
         base, offset = _full_gpr(used.base), used.displacement
+        width = address_width(used)
+        garbage = self.rng.getrandbits(64) & -1 << width  # above a 32-bit address
+        if used.segment == Register.GS:
+            state.gs_base = _GS_BASE
+            offset += _GS_BASE
         if used.vsib_size:
             target = DATA + 0x1800
             self._place_indices(vectors, used)
         elif base is None and self.insn.iced.is_ip_rel_memory_operand:
             target = CODE + offset & (1 << 64) - 1
         else:
-            target = self._target(size)
+            target = self._target(size) & (1 << width) - 1
             index = _full_gpr(used.index)
             if index is not None:
-                state.gpr[index] = self.rng.randrange(-16, 16) & (1 << 64) - 1
-                if RegisterInfo(used.index).size < 8:
-                    state.gpr[index] &= 0xF
-                offset += state.gpr[index] * used.scale
+                value = self.rng.randrange(-16, 16)
+                is_byte = RegisterInfo(used.index).size == 1  # AL, of XLAT
+                state.gpr[index] = value & 15 if is_byte else value & (1 << width) - 1 | garbage
+                offset += value * used.scale if not is_byte else value & 15
         if base is not None:
-            state.gpr[base] = target - offset & (1 << 64) - 1
+            state.gpr[base] = target - offset & (1 << width) - 1 | garbage
         if not REGION <= target <= END - size or self.rng.random() < 0.1:
             return
         if self.rng.random() < 0.2:
@@ -295,3 +301,25 @@ def _full_gpr(register: Any) -> int | None:
     if register == Register.NONE:
         return None
     return _GPR_NUMBER.get(RegisterInfo(register).full_register)
+
+
+def address_width(used: Any) -> int:
+    """Address size in bits of one of iced-x86's used memory operands."""
+    return 32 if used.address_size == CodeSize.CODE32 else 64
+
+
+def linear_address(insn: Insn, used: Any, state: State) -> int | None:
+    """Where a used memory operand of an instruction at ``native.CODE`` lies; None: many places."""
+    if used.vsib_size:
+        return None
+    address: int = used.displacement
+    if used.base == Register.NONE and insn.iced.is_ip_rel_memory_operand:
+        address += CODE
+    base, index = _full_gpr(used.base), _full_gpr(used.index)
+    if base is not None:
+        address += state.gpr[base]
+    if index is not None:
+        value = state.gpr[index] & (1 << 8 * RegisterInfo(used.index).size) - 1
+        address += value * used.scale
+    address &= (1 << address_width(used)) - 1
+    return address + (state.gs_base if used.segment == Register.GS else 0) & (1 << 64) - 1

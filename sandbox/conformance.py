@@ -17,11 +17,11 @@ from typing import Protocol
 import numpy as np
 from iced_x86 import InstructionInfoFactory, Register, RegisterExt, RegisterInfo, RflagsBits
 
-from sandbox.cases import Cases
+from sandbox.cases import Cases, linear_address
 from sandbox.cpu import DB, PF_, Fault
 from sandbox.decode import FORM_NAMES, Insn
 from sandbox.encodings import encodings
-from sandbox.native import CODE, REGION, NativeCpu, Result, State, missing_features
+from sandbox.native import REGION, NativeCpu, Result, State, missing_features
 from sandbox.registers import AF, CF, DF, GPR_NAMES, OF, PF, RCX, SF, ZF
 
 STATUS = CF | PF | AF | ZF | SF | OF
@@ -236,16 +236,9 @@ def describe(insn: Insn, state: State) -> str:
 
 def _describe_memory(insn: Insn, state: State) -> Iterator[str]:
     for used in InstructionInfoFactory().info(insn.iced).used_memory()[:4]:
-        if used.vsib_size:
+        address = linear_address(insn, used, state)
+        if address is None:
             continue
-        address = used.displacement
-        if used.base == Register.NONE and insn.iced.is_ip_rel_memory_operand:
-            address += CODE
-        for register, scale in ((used.base, 1), (used.index, used.scale)):
-            if RegisterExt.is_gpr(register):
-                number = RegisterInfo(RegisterInfo(register).full_register).number
-                address += state.gpr[number] * scale
-        address &= (1 << 64) - 1
         at = address - REGION
         if -64 < at < len(state.memory):
             data = state.memory[max(at, 0) : max(at, 0) + 64]

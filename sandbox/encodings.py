@@ -46,10 +46,30 @@ class Memory:
     displacement: int = 0
     absolute: int = DATA + 0x1000
     relative: bool = False
+    width: int = 64
+    """Address size: 64, or 32 (prefix 67)."""
+    segment: int = Register.NONE
+    """Segment override."""
 
 
 SIMPLE = Memory()
-MEMORIES = (SIMPLE, Memory(13, displacement=0x40), Memory(7, 12, 4, -0x1234), Memory(relative=True))
+MEMORIES = (
+    SIMPLE,
+    Memory(13, displacement=0x40),
+    Memory(7, 12, 4, -0x1234),
+    Memory(relative=True),
+    Memory(7, 12, 2, 0x10, width=32),
+    Memory(segment=Register.GS),
+)
+
+
+_VSIB_MEMORIES = (
+    Memory(6, 4),
+    Memory(13, 12, 2, 0x40),
+    Memory(7, 7, 8, -0x1234),
+    Memory(6, 5, 4, width=32),
+    Memory(6, 4, segment=Register.GS),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +204,21 @@ def _set_memory(insn: Any, kind: str, memory: Memory) -> None:
         insn.memory_displ_size = 8
         insn.memory_displacement = memory.absolute
         return
+    addresses = _CLASSES[f"R{memory.width}"]
+    insn.segment_prefix = memory.segment
     if memory.relative:
         insn.memory_base = Register.RIP
         insn.memory_displ_size = 8
         insn.memory_displacement = memory.absolute
         return
     if memory.base is not None:
-        insn.memory_base = _CLASSES["R64"][memory.base]
+        insn.memory_base = addresses[memory.base]
     index = memory.index
     if kind.startswith("MEM_VSIB"):
         index = 4 if index is None else index
         insn.memory_index = _CLASSES[kind[-1] + "MM"][index]
     elif index is not None:
-        insn.memory_index = _CLASSES["R64"][index]
+        insn.memory_index = addresses[index]
     insn.memory_index_scale = memory.scale
     insn.memory_displ_size = 1 if memory.displacement else 0
     insn.memory_displacement = memory.displacement & (1 << 64) - 1
@@ -318,6 +340,7 @@ def _variants(
     if has_memory:
         for memory in _memories(kinds):
             yield REGISTERS[0], memory, masks[0]
+        for memory in _memories(kinds)[:3]:
             yield REGISTERS[1], memory, masks[-1]
         for evex in masks[1:]:
             yield REGISTERS[0], SIMPLE, evex
@@ -329,8 +352,7 @@ def _variants(
 
 def _memories(kinds: Sequence[str]) -> tuple[Memory, ...]:
     if any(k.startswith("MEM_VSIB") for k in kinds):
-        return tuple(Memory(m.base, i, s, m.displacement) for m, i, s in zip(
-            MEMORIES[:3], (4, 12, 7), (1, 2, 8), strict=True))  # fmt: skip
+        return _VSIB_MEMORIES
     return MEMORIES
 
 

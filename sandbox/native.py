@@ -87,6 +87,8 @@ class State:
     fpsw: int = 0
     fptag: int = 0xFFFF
     """The full tag word, two bits for each physical register, 3 = empty."""
+    gs_base: int = 0
+    """Below 2**47."""
     memory: bytes = _EMPTY_MEMORY
     """``REGION_SIZE`` bytes at ``REGION``."""
 
@@ -209,6 +211,7 @@ class _Slot:
         struct.pack_into("<8Q", shared, at + 512, self.mask, *[0] * 7)
         flags = state.rflags & USER_FLAGS | 2
         struct.pack_into("<17Q", shared, at + w.GPR, *state.gpr, flags)
+        struct.pack_into("<Q", shared, at + w.GS_BASE, state.gs_base)
         start = at + w.FRAME
         shared[at + w.INSN_LENGTH : at + w.INSN + len(insn)] = bytes([len(insn)]) + insn
         shared[start : start + REGION_SIZE] = state.memory
@@ -244,6 +247,7 @@ class _Slot:
             fpcw=fpcw,
             fpsw=fpsw,
             fptag=_full_tags(tags, fpsw, st),
+            gs_base=before.gs_base,
             memory=memory,
         )
         number, code, vector, error, cr2, rip = struct.unpack_from("<QqQQQQ", shared, at + w.SIGNAL)

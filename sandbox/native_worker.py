@@ -20,10 +20,11 @@ import struct
 import sys
 
 PAGE = 0x1000
-REGION = 0x2_0000_0000
+REGION = 0x6000_0000
 REGION_SIZE = 0x5000
-"""Test memory: one read-only page, four writable ones; unmapped pages on both sides."""
-CODE = 0x2_1000_0000
+"""Test memory: one read-only page, four writable ones; unmapped pages on both sides. Below 4 GB,
+so that 32-bit addresses reach it."""
+CODE = 0x7000_0000
 """Where the instruction stands, so that RIP-relative operands are the same everywhere."""
 
 # Frame: XSAVE area (standard format) first, then these.
@@ -32,6 +33,7 @@ XSAVE_LIMIT = 0xC00
 GPR = 0xC00
 RFLAGS = 0xC80
 SIGNAL, SI_CODE, TRAP, ERROR, CR2, FAULT_RIP = (0xC88 + 8 * i for i in range(6))
+GS_BASE = 0xCB8
 INSN_LENGTH = 0xCC0
 INSN = 0xCC1
 
@@ -63,6 +65,7 @@ _GREG_RIP, _GREG_EFL, _GREG_ERR, _GREG_TRAP, _GREG_CR2 = (
 
 _SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
+_SYS_ARCH_PRCTL, _ARCH_SET_GS = 158, 0x1001
 _MAP_FIXED, _MAP_FIXED_NOREPLACE = 0x10, 0x100000
 
 
@@ -278,6 +281,11 @@ class Worker:
         jump = b"\xe9" + struct.pack("<i", _EXIT - len(data) - 5)
         self._put(0, (data + jump).ljust(_ENTRY, b"\xcc"))
 
+    def set_gs_base(self, base: int) -> None:
+        """Set the base of GS, for which user space has no other use."""
+        if _LIBC.syscall(_SYS_ARCH_PRCTL, _ARCH_SET_GS, ctypes.c_uint64(base)):
+            raise OSError(ctypes.get_errno(), f"cannot set the GS base to {base:#x}")
+
 
 def serve(fd: int) -> None:
     """Answer requests until stdin ends."""
@@ -293,7 +301,7 @@ def serve(fd: int) -> None:
     os.write(1, json.dumps(hello).encode() + b"\n")
     move, memory, run = ctypes.memmove, worker.memory, worker.run
     frame_in, frame_out = worker.arena + _IN, worker.arena + _OUT
-    zero, current = bytes(8), b""
+    zero, current, gs_base = bytes(8), b"", 0
     while len(request := os.read(0, 4)) == 4:
         (count,) = struct.unpack("<I", request)
         (first,) = struct.unpack_from("<Q", shared, FIRST)
@@ -305,6 +313,10 @@ def serve(fd: int) -> None:
             if insn != current:
                 worker.set_insn(insn)
                 current = insn
+            (wanted,) = struct.unpack_from("<Q", shared, at + GS_BASE)
+            if wanted != gs_base:
+                worker.set_gs_base(wanted)
+                gs_base = wanted
             slot = base + at
             move(frame_in, slot, FRAME)
             move(memory, slot + FRAME, REGION_SIZE)

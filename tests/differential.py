@@ -30,7 +30,15 @@ from sandbox.cpu import Cpu, Fault, is_canonical
 from sandbox.decode import Insn, decode
 from sandbox.encodings import features_of, forms_of
 from sandbox.handler import Action, Decline, Handler, Inject, Pack
-from sandbox.native import CODE, READONLY, REGION, REGION_SIZE, NativeCpu, State, missing_features
+from sandbox.native import (
+    CODE,
+    READONLY,
+    REGION,
+    REGION_SIZE,
+    NativeCpu,
+    State,
+    missing_features,
+)
 from sandbox.registers import Segment
 from tests.doubles import DictBank, FlatMemory, make_cpu
 
@@ -134,6 +142,8 @@ class HandlerSubject:
 
     def _load(self, state: State) -> None:
         cpu, values = self.cpu, self.bank.values
+        if self.bank.segments["gs"].base != state.gs_base:
+            self.bank.segments["gs"] = Segment(base=state.gs_base)
         for number in range(16):
             cpu.gpr[number] = state.gpr[number]
         for number in range(8):
@@ -159,6 +169,7 @@ class HandlerSubject:
             fpcw=values["fpcw"],
             fpsw=values["fpsw"],
             fptag=values["fptag"],
+            gs_base=before.gs_base,
             memory=memory,
         )
 

@@ -103,6 +103,17 @@ def test_rip_relative_operands_count_from_the_code_address(cpu: NativeCpu) -> No
     assert after.gpr[RAX] == CODE + 7 + 0x100
 
 
+def test_gs_base_and_32_bit_addresses_reach_the_memory(cpu: NativeCpu) -> None:
+    state = State(gs_base=0x123000)
+    state.gpr[RBX] = DATA + 0x10 - 0x123000
+    state.store(DATA + 0x10, b"\x2a")
+    assert run(cpu, "650fb603", state).gpr[RAX] == 0x2A  # movzx eax, byte ptr gs:[rbx]
+    state.gpr[RBX] = DATA + 0x10 | 0xABCD << 32
+    assert run(cpu, "670fb603", state).gpr[RAX] == 0x2A  # movzx eax, byte ptr [ebx]
+    state.gs_base = 0
+    assert trap(cpu, "650fb603", state).vector == 13
+
+
 @needs("AVX2")
 def test_a_vex_instruction_adds_lanes_and_clears_above(cpu: NativeCpu) -> None:
     state = State(vectors=b"\xff" * 2048)
