@@ -176,7 +176,8 @@ class Operation(Handler):
     ``operands`` has a letter for each explicit operand in the decoder's order: ``r`` is read,
     ``w`` written, ``m`` modified (read and written). ``bits`` is the width of operand ``measure``.
     ``compute`` gets the operands that are read and, if ``takes_flags``, RFLAGS at the end.
-    If ``flags`` (the RFLAGS bits it defines) is not 0 it returns ``(result, flags)``.
+    If ``flags`` (the RFLAGS bits it defines) is not 0, as is so for all that take flags, it
+    returns ``(result, flags)``.
     """
 
     restartable = True
@@ -208,19 +209,13 @@ class Operation(Handler):
         sources = [o.modify if letter == "m" else o.read for o, letter in pairs if letter != "w"]
         written = [o.write for o, letter in pairs if letter != "r"]
         if self.takes_flags:
-            sources.append(bind_rflags(cpu))
+            return _bind_carry_action(cpu, self, bits, sources, written[0])
         evaluate = _bind_evaluation(self.compute, bits, sources)
         if not self.flags:
             return _bind_plain_action(evaluate, written[0])
         if not written:
             return _bind_test_action(cpu, evaluate, self.flags)
         return _bind_flag_action(cpu, evaluate, written[0], self.flags)
-
-
-def bind_rflags(cpu: Cpu) -> Read:
-    """A reader of RFLAGS."""
-    read = cpu.registers.bank.read
-    return lambda: read("rflags")
 
 
 def _bind_evaluation(
@@ -263,3 +258,27 @@ def _bind_flag_action(
         bank.write("rflags", bank.read("rflags") & keep | defined)
 
     return action
+
+
+def _bind_carry_action(
+    cpu: Cpu, operation: Operation, bits: int, sources: list[Read], write: Write
+) -> Action:
+    bank, keep, compute = cpu.registers.bank, ~operation.flags, operation.compute
+    first, *rest = sources
+
+    def action() -> None:
+        flags = bank.read("rflags")
+        result, defined = compute(bits, first(), *[source() for source in rest], flags)
+        write(result)
+        bank.write("rflags", flags & keep | defined)
+
+    def binary() -> None:
+        flags = bank.read("rflags")
+        result, defined = compute(bits, first(), second(), flags)
+        write(result)
+        bank.write("rflags", flags & keep | defined)
+
+    if len(rest) > 1:
+        return action
+    second = rest[0]
+    return binary

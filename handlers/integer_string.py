@@ -177,22 +177,28 @@ def _bind_repeat(strings: _Strings, step: Step, stop_at: int | None) -> Action:
 
 
 class StringInstruction(Handler):
-    """One string instruction in all element sizes, ``compares``: REPE and REPNE look at ZF."""
+    """One string instruction in all element sizes, ``compares``: REPE and REPNE look at ZF.
+
+    Declared by form, as MOVSD and CMPSD are the names of SSE2 instructions too.
+    """
 
     restartable = True
 
     def __init__(
-        self, stem: str, bind_step: Callable[[_Strings], Step], *, compares: bool = False
+        self,
+        stem: str,
+        forms: str,
+        bind_step: Callable[[_Strings], Step],
+        *,
+        compares: bool = False,
     ) -> None:
         self.name = f"{__name__}.{stem}"
-        self.mnemonics = tuple(stem + suffix for suffix in _SIZES)
+        self.forms = tuple(forms.split())
         self.bind_step = bind_step
         self.compares = compares
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
         iced = insn.iced
-        if not iced.is_string_instruction:  # MOVSD and CMPSD are SSE2 instructions too
-            return None
         strings = _Strings(cpu, insn)
         step = self.bind_step(strings)
         if not (iced.has_rep_prefix or iced.has_repne_prefix):
@@ -204,9 +210,13 @@ class StringInstruction(Handler):
 
 
 HANDLERS = [
-    StringInstruction("movs", _bind_movs),
-    StringInstruction("stos", _bind_stos),
-    StringInstruction("lods", _bind_lods),
-    StringInstruction("cmps", _bind_cmps, compares=True),
-    StringInstruction("scas", _bind_scas, compares=True),
+    StringInstruction("movs", "MOVSB_M8_M8 MOVSW_M16_M16 MOVSD_M32_M32 MOVSQ_M64_M64", _bind_movs),
+    StringInstruction("stos", "STOSB_M8_AL STOSW_M16_AX STOSD_M32_EAX STOSQ_M64_RAX", _bind_stos),
+    StringInstruction("lods", "LODSB_AL_M8 LODSW_AX_M16 LODSD_EAX_M32 LODSQ_RAX_M64", _bind_lods),
+    StringInstruction(
+        "cmps", "CMPSB_M8_M8 CMPSW_M16_M16 CMPSD_M32_M32 CMPSQ_M64_M64", _bind_cmps, compares=True
+    ),
+    StringInstruction(
+        "scas", "SCASB_AL_M8 SCASW_AX_M16 SCASD_EAX_M32 SCASQ_RAX_M64", _bind_scas, compares=True
+    ),
 ]

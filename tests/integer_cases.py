@@ -49,7 +49,7 @@ SPECIAL = tuple(
 def bind(cpu: Cpu, insn: Insn) -> Action:
     """The action of the first handler of the pack that takes ``insn``."""
     for handler in PACK.handlers:
-        if insn.mnemonic in handler.mnemonics:
+        if insn.mnemonic in handler.mnemonics or insn.form in handler.forms:
             action = handler.bind(cpu, insn)
             if action is not None:
                 return action
