@@ -232,6 +232,8 @@ class PagedMemory:
         return [self._physical.read(physical, n) for physical, n in spans]
 
     def check_write(self, address: int, size: int) -> None:
+        if address >> 12 in self._writable and (address & PAGE_MASK) + size <= PAGE_SIZE:
+            return
         for part, _n in _page_parts(address, size):
             self._translate(part, self._accesses[1])
 
