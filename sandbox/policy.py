@@ -114,6 +114,10 @@ class Policy:
         """A policy from its TOML text; ``filename`` is for messages and for ``extends``."""
         return _parse(text, filename, Path(filename).parent, ())
 
+    def with_unhandled(self, unhandled: Unhandled) -> Policy:
+        """The same rules with another answer to unhandled instructions."""
+        return Policy(self.name, self.rules, unhandled)
+
     def allows(self, insn: Insn) -> bool:
         """Whether the fast path may run ``insn``."""
         if self._any_bytes and self._any_bytes.match(insn.raw):

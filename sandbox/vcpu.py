@@ -141,6 +141,12 @@ class Vcpu:
             self._asked = True
         self.engine.stop()
 
+    def instruction(self) -> Insn:
+        """The instruction at RIP (undefined if the bytes are none). May raise :class:`Fault`."""
+        data, _here, _fault = self._fetch(self.registers.rip)
+        bitness = self.cpu.bitness
+        return self._tier.decode(data, bitness) or Insn.undefined(data, bitness)
+
     def invalidate(self) -> None:
         """The policy or the handlers changed: forget what was bound."""
         self._sites.clear()

@@ -1,0 +1,99 @@
+"""The suites of ``sandbox bench``: each yields figures as they are measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from guests.assemble import assemble
+from sandbox import abi
+from sandbox.bench import bare
+from sandbox.bench.loops import FASTPATH, NEW_INSTRUCTION, RUN_OF_TRAPS, TRAP, Loop
+from sandbox.bench.measure import Figure, compare
+from sandbox.boot import boot_flat
+from sandbox.cpu import Cpu
+from sandbox.decode import Insn
+from sandbox.exits import Hlt
+from sandbox.handler import Pack, handler
+from sandbox.vm import Vm
+
+BINDING = "unicorn binding"
+
+
+@handler(pattern=NEW_INSTRUCTION)
+def trivial(_cpu: Cpu, _insn: Insn) -> None:
+    """Does nothing: what is left is the cost of the way to a handler and back."""
+
+
+TRIVIAL = Pack.of("trivial", trivial)
+
+
+def seconds(code: bytes, *packs: Pack) -> float:
+    """Time of ``code`` in the sandbox under the policy ``baseline``."""
+    with Vm("baseline", packs) as vm:
+        vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
+        vcpu = boot_flat(vm, code).vcpu
+        start = time.perf_counter()
+        left = vcpu.run()
+        taken = time.perf_counter() - start
+    if not isinstance(left, Hlt):
+        raise RuntimeError(f"a benchmark guest ended with {left}")
+    return taken
+
+
+def fastpath() -> Iterator[Figure]:
+    """Allowed loops: ours against bare Unicorn. The ratio is how many times faster we are."""
+    for loop in FASTPATH:
+        yield _fastpath(loop)
+
+
+def _fastpath(loop: Loop) -> Figure:
+    code = assemble(loop.source)
+    return compare(
+        "fastpath", loop.name, "ns/iter", 1e9 / loop.count,
+        lambda: seconds(code), lambda: bare.seconds(code), BINDING,
+    )  # fmt: skip
+
+
+def fallback() -> Iterator[Figure]:
+    """Trap, exit filled, trivial Python handler, resume: ours against the binding's hook."""
+    for loop, traps in ((TRAP, 1), (RUN_OF_TRAPS, 10)):
+        yield _fallback(loop, traps)
+
+
+def _fallback(loop: Loop, traps: int) -> Figure:
+    code = assemble(loop.source)
+    length = len(bytes.fromhex(NEW_INSTRUCTION))
+    return compare(
+        "fallback", loop.name, "ns/trap", 1e9 / loop.count / traps,
+        lambda: seconds(code, TRIVIAL), lambda: bare.fallback_seconds(code, length), BINDING,
+    )  # fmt: skip
+
+
+def startup() -> Iterator[Figure]:
+    """``sandbox run`` on a guest that halts at once, against an empty Python process."""
+    with tempfile.TemporaryDirectory() as folder:
+        guest = Path(folder, "halt.bin")
+        guest.write_bytes(b"\xf4")
+        ours = [sys.executable, "-m", "sandbox", "run", str(guest)]
+        yield compare(
+            "startup", "trivial guest", "ms", 1e3,
+            lambda: _process(ours), lambda: _process([sys.executable, "-c", "pass"]), "python",
+        )  # fmt: skip
+
+
+def _process(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - start
+
+
+SUITES: dict[str, Callable[[], Iterator[Figure]]] = {
+    "fastpath": fastpath,
+    "fallback": fallback,
+    "startup": startup,
+}

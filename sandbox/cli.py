@@ -1,0 +1,157 @@
+"""The command ``sandbox``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from sandbox.errors import SandboxError
+
+STATUS_USAGE = 2
+DESCRIPTION = "x86 sandbox: Unicorn runs what it runs right, Python handlers emulate the rest."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except SandboxError as error:
+        print(f"sandbox: {error}", file=sys.stderr)
+        return STATUS_USAGE
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sandbox", description=DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="run a guest", description=_RUN))
+    _add_explain(commands.add_parser("explain", help="say where each instruction runs and why"))
+    _add_bench(commands.add_parser("bench", help="measure the sandbox against its peers"))
+    return parser
+
+
+_RUN = (
+    "Run an assembly file (.asm, .s), a raw image (.bin) or a static x86-64 Linux program. "
+    "Ends with the guest's status; 124 timeout, 125 limit reached, 132 unhandled #UD, "
+    "139 memory fault, 70 broken handler, 2 usage error."
+)
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy", default="baseline", metavar="NAME|FILE", help="what the fast path may run"
+    )
+    parser.add_argument(
+        "--handlers",
+        action="append",
+        default=[],
+        metavar="NAME|FILE.py",
+        help="a handler pack, asked before the default ones; 'none': without the default ones",
+    )
+    parser.add_argument(
+        "--unhandled",
+        choices=("inject", "exit", "skip"),
+        help="what to do with an instruction that no handler takes (default: the policy's word)",
+    )
+    parser.add_argument(
+        "--mode", choices=("real", "protected", "long"), default="long", help="16, 32 or 64 bits"
+    )
+    parser.add_argument(
+        "--base", type=_number, default=0x1000, metavar="ADDRESS", help="load address (0x1000)"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_policy(parser)
+    add = parser.add_argument
+    add("--timeout", type=_seconds, metavar="SECONDS", help="stop after this time, status 124")
+    add("--max-exits", type=_count, metavar="N", help="stop after N trapped instructions")
+    add("--trace", action="store_true", help="print each trapped instruction to stderr")
+    add("--report", metavar="FILE", help="write exit, registers and statistics as JSON")
+    add("--regs", action="store_true", help="print the final registers to stderr")
+    add("--summary", action="store_true", help="print what ran where to stderr")
+    add("--root", metavar="DIR", help="a directory that a Linux program may read (default: none)")
+    add(
+        "--env",
+        action="append",
+        default=[],
+        type=_variable,
+        metavar="NAME=VALUE",
+        help="an environment variable of a Linux program",
+    )
+    add("--seed", type=int, default=0, help="seed of a Linux program's random numbers")
+    add("--memory", type=_count, default=1024, metavar="MIB", help="RAM of a Linux program")
+    add("program", metavar="PROGRAM")
+    add("args", nargs=argparse.REMAINDER, metavar="ARGS")
+    parser.set_defaults(command=_run)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    _add_policy(parser)
+    parser.add_argument("what", metavar="FILE|HEXBYTES")
+    parser.set_defaults(command=_explain)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", nargs="*", metavar="SUITE", help="fastpath fallback startup")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.set_defaults(command=_bench)
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; such as 0x1000") from None
+
+
+def _count(text: str) -> int:
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a number above 0")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a number of seconds above 0")
+    return value
+
+
+def _variable(text: str) -> str:
+    if "=" not in text[1:]:
+        raise argparse.ArgumentTypeError(f"{text!r}: want NAME=VALUE")
+    return text
+
+
+def _run(options: argparse.Namespace) -> int:
+    from sandbox.run import run_command
+
+    return run_command(options)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from sandbox.explain_command import explain_command
+
+    return explain_command(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from sandbox.bench.command import bench_command
+
+    return bench_command(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
