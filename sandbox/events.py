@@ -37,7 +37,6 @@ from sandbox.descriptors import (
     is_code,
     is_conforming,
     is_null,
-    is_writable_data,
     load_descriptor,
     null_segment,
     null_stack,
@@ -47,7 +46,7 @@ from sandbox.descriptors import (
 )
 from sandbox.errors import EngineError
 from sandbox.registers import AC, IF, NT, RF, RSP, TF, VM, Bank, DescriptorTable, Segment
-from sandbox.stack import Stack
+from sandbox.stack import Stack, inner_stack, read_tss
 
 IDT = 2
 """Error code bit: the selector index names a gate of the IDT."""
@@ -219,33 +218,6 @@ def _code_segment(
     return code, cpl
 
 
-def _read_tss(bank: Bank, memory: SystemMemory, offset: int, size: int, event: Event) -> int:
-    tss = bank.read_segment("tr")
-    if offset + size - 1 > tss.limit:
-        raise Fault(TS, tss.selector & 0xFFFC | event.ext)
-    return int.from_bytes(memory.read(tss.base + offset, size), "little")
-
-
-def _inner_stack(cpu: Cpu, memory: SystemMemory, cpl: int, event: Event) -> tuple[Segment, int]:
-    """SS and ESP for privilege level ``cpl`` from a 16- or 32-bit TSS, checked."""
-    bank = cpu.registers.bank
-    if bank.read_segment("tr").type & 8:
-        pointer = _read_tss(bank, memory, cpl * 8 + 4, 6, event)
-        selector, pointer = pointer >> 32, pointer & 0xFFFF_FFFF
-    else:
-        pointer = _read_tss(bank, memory, cpl * 4 + 2, 4, event)
-        selector, pointer = pointer >> 16, pointer & 0xFFFF
-    if is_null(selector):
-        raise Fault(TS, event.ext)
-    error = selector & 0xFFFC | event.ext
-    stack = load_descriptor(bank, memory, selector, vector=TS, ext=event.ext)
-    if selector & 3 != cpl or stack.dpl != cpl or not is_writable_data(stack):
-        raise Fault(TS, error)
-    if not stack.present:
-        raise Fault(SS_, error)
-    return stack, pointer
-
-
 def _protected(cpu: Cpu, memory: SystemMemory, event: Event) -> None:
     bank = cpu.registers.bank
     flags = cpu.rflags
@@ -261,7 +233,7 @@ def _protected(cpu: Cpu, memory: SystemMemory, event: Event) -> None:
         values[:0] = [old_ss.selector, esp]
         if flags & VM:
             values[:0] = [bank.read_segment(n).selector for n in ("gs", "fs", "ds", "es")]
-        stack, esp = _inner_stack(cpu, memory, cpl, event)
+        stack, esp = inner_stack(bank, memory, cpl, event.ext)
         stack_error = stack.selector & 0xFFFC | event.ext
     else:
         stack, stack_error = old_ss, event.ext
@@ -307,9 +279,9 @@ def _long(cpu: Cpu, memory: SystemMemory, event: Event) -> None:
     inner = cpl < cpu.cpl
     rsp = old_rsp
     if gate.ist:
-        rsp = _read_tss(bank, memory, gate.ist * 8 + 28, 8, event)
+        rsp = read_tss(bank, memory, gate.ist * 8 + 28, 8, event.ext)
     elif inner:
-        rsp = _read_tss(bank, memory, cpl * 8 + 4, 8, event)
+        rsp = read_tss(bank, memory, cpl * 8 + 4, 8, event.ext)
     values = [old_ss.selector, old_rsp, _pushed_flags(cpu, event), old_cs.selector, event.rip]
     if event.error_code is not None:
         values.append(event.error_code)

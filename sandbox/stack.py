@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sandbox.cpu import Fault, is_canonical
-from sandbox.descriptors import Reader, SystemMemory, within_limit
-from sandbox.registers import Segment
+from sandbox.cpu import SS_, TS, Fault, is_canonical
+from sandbox.descriptors import (
+    Reader,
+    SystemMemory,
+    is_null,
+    is_writable_data,
+    load_descriptor,
+    within_limit,
+)
+from sandbox.registers import Bank, Segment
 
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 
@@ -61,3 +68,30 @@ class Stack:
     def write(self, memory: SystemMemory) -> None:
         for address, data in self._parts:
             memory.write(address, data)
+
+
+def read_tss(bank: Bank, memory: Reader, offset: int, size: int, ext: int = 0) -> int:
+    """A field of the current TSS; #TS(TR) if it is too short. ``ext``: error code bit 0."""
+    tss = bank.read_segment("tr")
+    if offset + size - 1 > tss.limit:
+        raise Fault(TS, tss.selector & 0xFFFC | ext)
+    return int.from_bytes(memory.read(tss.base + offset, size), "little")
+
+
+def inner_stack(bank: Bank, memory: Reader, cpl: int, ext: int = 0) -> tuple[Segment, int]:
+    """SS and ESP for privilege level ``cpl`` from a 16- or 32-bit TSS, checked (Vol. 3, 5.8.5)."""
+    if bank.read_segment("tr").type & 8:
+        pointer = read_tss(bank, memory, cpl * 8 + 4, 6, ext)
+        selector, pointer = pointer >> 32, pointer & 0xFFFF_FFFF
+    else:
+        pointer = read_tss(bank, memory, cpl * 4 + 2, 4, ext)
+        selector, pointer = pointer >> 16, pointer & 0xFFFF
+    if is_null(selector):
+        raise Fault(TS, ext)
+    error = selector & 0xFFFC | ext
+    stack = load_descriptor(bank, memory, selector, vector=TS, ext=ext)
+    if selector & 3 != cpl or stack.dpl != cpl or not is_writable_data(stack):
+        raise Fault(TS, error)
+    if not stack.present:
+        raise Fault(SS_, error)
+    return stack, pointer
