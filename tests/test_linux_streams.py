@@ -297,3 +297,14 @@ def test_an_endless_transfer_gives_way(tmp_path: Path) -> None:
     first = guest.process.waiting
     assert guest.step(READV, fd, SCRATCH, 1024) == Resume(RIP)
     assert 0 < first < guest.process.waiting == guest.call(8, fd, 0, 1)
+
+
+def test_nothing_to_move_touches_no_memory(pipes: Pipes) -> None:
+    """As at the end of a file into a page not used yet, or poll without descriptors."""
+    guest = pipes.guest
+    os.close(pipes.feed)
+    fresh = guest.call(9, 0, 4096, 3, 0x22, -1, 0)
+    assert guest.call(READ, 0, fresh, 100) == 0
+    assert guest.call(READ, 0, BAD, 0) == guest.call(WRITE, 1, BAD, 0) == 0
+    assert guest.call(READV, 0, BAD, 0) == guest.call(WRITEV, 1, BAD, 0) == 0
+    assert guest.call(POLL, BAD, 0, 0) == 0

@@ -268,7 +268,8 @@ def getdents64(process: Process, fd: int, where: int, size: int) -> int:
         found += record.ljust(length, b"\0")
     if not found and position < len(entries):
         raise error(EINVAL)
-    process.cpu.write(where, bytes(found))
+    if found:
+        process.cpu.write(where, bytes(found))
     file.position = position
     return len(found)
 
@@ -322,8 +323,10 @@ def _poll(process: Process, where: int, count: int, timeout: int | None) -> int:
     """Ask the host, for at most a short time; ``timeout`` is in nanoseconds from the first call."""
     if count > MAX_FILES:
         raise error(EINVAL)
-    asked = list(_POLLFD.iter_unpack(process.cpu.read(where, _POLLFD.size * count)))
-    process.cpu.check_write(where, _POLLFD.size * count)
+    asked: list[tuple[int, int, int]] = []
+    if count:
+        asked = list(_POLLFD.iter_unpack(process.cpu.read(where, _POLLFD.size * count)))
+        process.cpu.check_write(where, _POLLFD.size * count)
     now = process.clock(1)
     if process.waiting is None:
         process.waiting = now if timeout is None else now + timeout
@@ -335,7 +338,8 @@ def _poll(process: Process, where: int, count: int, timeout: int | None) -> int:
         _POLLFD.pack(fd, events, found)
         for (fd, events, _old), found in zip(asked, ready, strict=True)
     )
-    process.cpu.write(where, answer)
+    if answer:
+        process.cpu.write(where, answer)
     return sum(found != 0 for found in ready)
 
 

@@ -128,7 +128,7 @@ def _deliver_pending(process: Process) -> None:
 
 @syscall(127, "rt_sigpending", "address size")
 def rt_sigpending(process: Process, where: int, size: int) -> int:
-    if size > _SIGSET:
+    if not 0 < size <= _SIGSET:
         raise error(EINVAL)
     process.cpu.write(where, process.signals.pending.to_bytes(_SIGSET, "little")[:size])
     return 0

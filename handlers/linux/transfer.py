@@ -47,6 +47,8 @@ def _single(address: int, size: int) -> Vectors:
 def _vectors(process: Process, address: int, count: int) -> Vectors:
     if not 0 <= count <= MAX_VECTORS:
         raise error(EINVAL)
+    if not count:
+        return []
     found: Vectors = []
     room = MAX_TRANSFER
     for base, size in struct.iter_unpack("<QQ", process.cpu.read(address, 16 * count)):
@@ -108,6 +110,8 @@ def fill(process: Process, file: OpenFile, vectors: Vectors, position: int | Non
                 data = os.read(file.host, room)
             else:
                 data = os.pread(file.host, room, position + done)
+            if not data:
+                return done
             process.cpu.write(address + got, data)
             got += len(data)
             done += len(data)
