@@ -303,15 +303,18 @@ class NativeCpu:
     """
 
     def __init__(self) -> None:
+        _require_host()
         self._process: subprocess.Popen[bytes] | None = None
-        self._fd = os.memfd_create("native-slots") if hasattr(os, "memfd_create") else -1
         self.cpuid: Leaves = {}
         """(leaf, subleaf) to (EAX, EBX, ECX, EDX)."""
         self.xcr0 = 0
-        _require_host()
-        os.truncate(self._fd, w.SHARED_SIZE)
-        self._shared = mmap.mmap(self._fd, w.SHARED_SIZE)
-        self._start()
+        try:
+            self._fd = os.memfd_create("native-slots")
+            os.truncate(self._fd, w.SHARED_SIZE)
+            self._shared = mmap.mmap(self._fd, w.SHARED_SIZE)
+            self._start()
+        except OSError as error:
+            raise NativeUnavailable(f"no native execution here: {error}") from error
         layout = {n: self.cpuid.get((0xD, n), (0, 0, 0, 0))[1] for n in (2, 5, 6, 7)}
         mask = w.COMPONENTS & self.xcr0
         self._slots = [_Slot(self._shared, n, layout, mask) for n in range(w.SLOTS)]

@@ -10,7 +10,7 @@ import pytest
 from iced_x86 import Code
 
 from sandbox.cases import Cases, float_type
-from sandbox.conformance import check, defined_flags, sweep, table
+from sandbox.conformance import check, defined_flags, not_comparable, sweep, table
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn, decode
 from sandbox.encodings import Evex, Memory, all_forms, encode, encodings, form, forms_of
@@ -148,6 +148,22 @@ def test_handlers_are_asked_form_first_then_mnemonic_then_pattern() -> None:
         assert found is not None and found[0].name == expected
         handlers.remove(found[0])
     assert resolve(handlers, cpu, VPADDD) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "judged"),
+    [
+        ("VEX_VRCPPS_YMM_YMMM256", False),
+        ("RSQRTSS_XMM_XMMM32", False),
+        ("CPUID", False),
+        ("VEX_VSQRTPS_YMM_YMMM256", True),
+        ("EVEX_VRCP14PS_ZMM_K1Z_ZMMM512B32", True),
+        ("ADD_RM32_R32", True),
+    ],
+)
+def test_what_no_host_cpu_can_judge_is_left_out_with_a_reason(name: str, judged: bool) -> None:
+    assert form(name)
+    assert (not_comparable(name) is None) == judged
 
 
 def test_undefined_flags_are_not_compared() -> None:

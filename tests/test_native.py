@@ -18,6 +18,7 @@ from sandbox.native import (
     REGION,
     REGION_SIZE,
     NativeCpu,
+    NativeUnavailable,
     State,
     Trap,
     host_features,
@@ -237,6 +238,20 @@ def test_a_worker_that_hangs_counts_as_a_crash(
         assert own.run(b"\x90", State()).state == State()
     finally:
         own.close()
+
+
+def test_another_machine_is_told_apart_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(NativeUnavailable, match="needs Linux on x86-64, this is linux on aarch64"):
+        NativeCpu()
+
+
+def test_a_host_that_starts_no_process_is_told_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.executable", "/nonexistent/python")
+    with pytest.raises(NativeUnavailable, match="No such file"):
+        NativeCpu()
 
 
 def test_a_batch_keeps_the_order_over_several_rounds(cpu: NativeCpu) -> None:
