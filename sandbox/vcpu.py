@@ -277,6 +277,7 @@ class Vcpu:
     def _stopped(self, stop: Stop) -> Any:
         """Anything but a trapped instruction."""
         if stop is Stop.ASKED:
+            self.engine.tick()
             return self._deliver_exit(Intr()) if self._asked else None
         self.engine.sync()
         if stop is Stop.EXCEPTION:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from sandbox.fallback import HandlerTimeout
 
-TICK_SECONDS = 0.05
+TICK_SECONDS = 0.02
 GRACE_SECONDS = 0.25
 
 

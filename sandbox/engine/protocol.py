@@ -58,6 +58,10 @@ class Engine(Protocol):
         """Page tables were changed behind the guest's back."""
         ...
 
+    def tick(self) -> None:
+        """Housekeeping; called a few times a second between two :meth:`enter`."""
+        ...
+
     def sync(self) -> None:
         """Drop cached translations if the guest may have changed them; call after each stop."""
         ...

@@ -13,10 +13,11 @@ decoder and Unicorn's disagree about a block, the block is not run.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from iced_x86 import Decoder, Instruction
+from iced_x86 import Code, Decoder, Instruction
 
 from sandbox.cpu import Fault
 from sandbox.decode import Insn, decode
@@ -55,6 +56,19 @@ _INVALID_64 = b"\x06"  # push es
 _INVALID_LEGACY = b"\x0f\x0b"  # ud2: 16- and 32-bit code has no invalid opcode of one byte
 _INT3 = b"\xcc"  # where a page ends: real INT3s are trapped, so this one can only be the patch
 _TWO_BLOCKS = b"\xeb\x00\xf4"  # jmp $+2; hlt
+NEVER_RUN = frozenset(
+    {
+        Code.PCMPESTRM64_XMM_XMMM128_IMM8,
+        Code.PCMPESTRI64_XMM_XMMM128_IMM8,
+        Code.VEX_VPCMPESTRM64_XMM_XMMM128_IMM8,
+        Code.VEX_VPCMPESTRI64_XMM_XMMM128_IMM8,
+    }
+)
+"""Forms that crash Unicorn 2.1.4, and with it the process: trapped whatever the policy says."""
+
+FIRST_FLUSHES = 10
+FLUSH_SECONDS = 0.2
+
 _VIEW = HF_CPL | HF_CS32 | HF_CS64 | HF_LMA
 
 
@@ -94,6 +108,8 @@ class UnicornEngine:
         self._view = 0
         self._cr3 = self._cs_base = 0
         self._instruction = Instruction()
+        self._flushes = 0
+        self._next_flush = 0.0
         self._closed = False
         self._add_hooks()
         self._prepare_start()
@@ -224,6 +240,20 @@ class UnicornEngine:
         if not self._closed:
             self._library.free.uc_emu_stop(self._handle)
 
+    def tick(self) -> None:
+        """Let Unicorn's TLB grow with the guest's working set; call it while the guest is stopped.
+
+        QEMU doubles a TLB that it finds more than 70 % full when it is flushed, and only then;
+        without flushes it keeps 256 entries, and a guest under paging pays a page walk for most
+        accesses beyond 1 MiB. So it is flushed at each of the first stops, then seldom, since the
+        entries in use have to be walked again.
+        """
+        now = time.monotonic()
+        if self._flushes < FIRST_FLUSHES or now >= self._next_flush:
+            self._flushes += 1
+            self._next_flush = now + FLUSH_SECONDS
+            self._bank.flush_tlb()
+
     def sync(self) -> None:
         words, quads = self._bank.words, self._bank.quads
         view, cr3 = words[self._bank.hflags_index] & _VIEW, quads[self._bank.cr_index + 3]
@@ -247,7 +277,10 @@ class UnicornEngine:
         self._bank.flush_tlb()
 
     def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
-        self._traps = traps
+        table = bytearray(traps)
+        for code in NEVER_RUN:
+            table[code] = 1
+        self._traps = bytes(table)
         self._traps_insn = traps_insn
         self._library.flush_blocks(self._handle)
 

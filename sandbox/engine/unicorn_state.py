@@ -168,7 +168,9 @@ class UnicornBank:
 
     def flush_tlb(self) -> None:
         """Make Unicorn forget its translations, as a write of CR3 does."""
-        self.write("cr3", self.quads[self.cr_index + 3])
+        cr3 = self.quads[self.cr_index + 3]
+        self._buffer_bytes[:8] = cr3.to_bytes(8, "little")
+        self._call.uc_reg_write(self._handle, self._ids["cr3"], self._buffer)
 
     def read_segment(self, name: str) -> Segment:
         at = self._layout.segments + _INDEX[name] * SEGMENT_BYTES
