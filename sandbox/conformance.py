@@ -66,7 +66,7 @@ _NOT_COMPARABLE = {
         "(RDTSC|RDTSCP|RDRAND|RDSEED|RDPID|CPUID|XGETBV|RDPMC|RDPRU|SMSW|SGDT|SIDT|SLDT|STR|RDFSBASE|RDGSBASE)(_.*|)":
             "the answer is the host's own",
         "(LSL|LAR|VERR|VERW)_.*": "the answer depends on the host's descriptor tables",
-        "(E?VEX_V)?(RCP|RSQRT)[PS]S_.*": "approximations differ between CPUs within their error bound",
+        "(E?VEX_V)?(RCP|RSQRT)[PS]S_.*": "approximations differ between CPUs within a bound",
     }.items()
 }  # fmt: skip
 
