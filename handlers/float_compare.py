@@ -184,6 +184,7 @@ def _select_packed(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     words, every = order.words, order.all
     choose = partial(np.logical_not, refused, chosen)
     second, raw = items(b).cast("B"), items(out).cast("B")
+    numpys_own = partial(np.maximum if maximum else np.minimum, a, b, out=out)
 
     def step() -> None:
         mxcsr = read()
@@ -191,9 +192,12 @@ def _select_packed(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
         if words[0] | words[1] != every or mxcsr & MASKS != MASKS:
             careful(mxcsr)
             return
-        raw[:] = second
-        choose()
-        putmask(out, chosen, a)
+        if words[0] & words[1]:  # equal operands may be zeros of two signs
+            raw[:] = second
+            choose()
+            putmask(out, chosen, a)
+        else:
+            numpys_own()
         if mxcsr & soft.DAZ:
             flush(mxcsr)  # what was a denormal operand comes out as zero
         if flags & ~mxcsr:

@@ -26,7 +26,7 @@ from handlers.fenv import (
 )
 from handlers.float_forms import FORMATS, items
 from handlers.operands import Form, Lanes, Step
-from handlers.softfloat import DAZ, DE, F16, F32, FTZ, IE, MASKS, PE, RZERO, Format, Result
+from handlers.softfloat import DAZ, DE, F16, F32, FTZ, IE, MASKS, PE, RNE, RZERO, Format, Result
 from handlers.vector import Extent, lanewise, planned
 
 _ROUNDING = 0x6000
@@ -214,7 +214,47 @@ def _singles_to_halves(form: Form, a: Lanes, out: Lanes) -> Step:
         return soft.convert(f, F16, bits, mxcsr & ~FTZ)
 
     careful = bind_exact(form.cpu, each_lane(reference, F32, a), out)
-    return lambda: careful(form.cpu.mxcsr)
+    read, write = bind_mxcsr(form.cpu), form.cpu.registers.bank.write
+    narrow_to_nearest = _bind_narrowing(a, out)
+
+    def step() -> None:
+        mxcsr = read()
+        rounding = mxcsr >> 13 & 3 if imm & 4 else imm & 3
+        if rounding == RNE and mxcsr & MASKS == MASKS:
+            flags = narrow_to_nearest()
+            if flags is not None:
+                if flags & ~mxcsr:
+                    write("mxcsr", mxcsr | flags)
+                return
+        careful(mxcsr)
+
+    return step
+
+
+def _bind_narrowing(a: Lanes, out: Lanes) -> Callable[[], int | None]:
+    """NumPy's cast to halves, which rounds to nearest, and its flags: PE or none.
+
+    The answer is None if a lane is a NaN, overflows, or is inexact below the normal numbers.
+    """
+    back, halves = np.zeros_like(a), bits_of(out)
+    inexact, tiny = bytearray(8), bytearray(8)
+    is_inexact, is_abnormal = (np.frombuffer(x, np.bool_, len(a)) for x in (inexact, tiny))
+    inexact_lanes, abnormal_lanes = (memoryview(x).cast("Q") for x in (inexact, tiny))
+    low, high = np.uint16(F16.min_normal), np.uint16(F16.infinity - F16.min_normal)
+    magnitude = np.zeros_like(halves)
+
+    def narrow() -> int | None:
+        out[...] = a
+        back[...] = out
+        np.not_equal(a, back, is_inexact)
+        if not inexact_lanes[0]:
+            return 0
+        np.bitwise_and(halves, F16.magnitude, magnitude)
+        np.subtract(magnitude, low, magnitude)  # wraps round for what lies below
+        np.greater_equal(magnitude, high, is_abnormal)
+        return None if inexact_lanes[0] & abnormal_lanes[0] else PE
+
+    return quietly(narrow)
 
 
 def _copy(a: Lanes, out: Any) -> None:
@@ -223,11 +263,11 @@ def _copy(a: Lanes, out: Any) -> None:
 
 FLOAT_TO_FLOAT = [
     planned("cvtps2pd", "f4->f8", _between_floats, staged=True),
-    planned("cvtpd2ps", "f8->f4", _between_floats),
+    planned("cvtpd2ps", "f8->f4", _between_floats, staged=True),
     planned("cvtss2sd", "f4->f8", _between_floats, Extent.SCALAR),
     planned("cvtsd2ss", "f8->f4", _between_floats, Extent.SCALAR),
     planned("vcvtph2ps", "f2->f4", _halves_to_singles, staged=True),
-    planned("vcvtps2ph", "f4->f2", _singles_to_halves),
+    planned("vcvtps2ph", "f4->f2", _singles_to_halves, staged=True),
 ]
 
 INTEGER_TO_FLOAT = [

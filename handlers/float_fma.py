@@ -9,7 +9,7 @@ through :func:`handlers.softfloat.fma`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any
@@ -95,17 +95,14 @@ def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan
         z, flip_z = _negated(z, negate_z)
         run = bracket(_bind_lanes(x, y, z, items(out).cast("B")))
         assert run is not None
-        nans = bytearray(8)
-        found = memoryview(nans).cast("Q")
-        find_nans = partial(np.isnan, out, np.frombuffer(nans, np.bool_, len(out)))
+        has_nan = _bind_nan_search(out)
 
         def step() -> None:
             mxcsr = read()
             flip_x()
             flip_z()
             flags = run(mxcsr)
-            find_nans()
-            if found[0] or mxcsr & MASKS != MASKS:
+            if has_nan() or mxcsr & MASKS != MASKS:
                 careful(mxcsr)
             elif flags & ~mxcsr:
                 write("mxcsr", mxcsr | flags)
@@ -113,6 +110,22 @@ def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan
         return step
 
     return plan
+
+
+def _bind_nan_search(lanes: Lanes) -> Callable[[], object]:
+    """A function whose answer is true if a lane is a NaN."""
+    if len(lanes) == 1:
+        only = items(lanes)
+        return lambda: only[0] != only[0]
+    nans = bytearray(8)
+    find = partial(np.isnan, lanes, np.frombuffer(nans, np.bool_, len(lanes)))
+    found = memoryview(nans).cast("Q")
+
+    def has_nan() -> int:
+        find()
+        return found[0]
+
+    return has_nan
 
 
 def _nothing() -> None:
