@@ -23,6 +23,7 @@ ARGUMENTS = (7, 6, 2, 10, 8, 9)
 RIP = 0x40_1000
 SCRATCH = 0x1000_0000
 SCRATCH_SIZE = 0x4000
+TABLES = 0x40_0000_0000
 BAD = 0x7000_0000_0000
 PRIVATE_ANONYMOUS = 0x22
 
@@ -30,13 +31,16 @@ PRIVATE_ANONYMOUS = 0x22
 class Machine:
     """Guest RAM, page tables and a ring 3 vCPU that uses them."""
 
-    def __init__(self, ram: int = 64 << 20) -> None:
+    def __init__(self, ram: int = 64 << 20, tables: int = 1 << 20) -> None:
         self.physical = PhysicalMemory()
         self.physical.add_slot(0, ram)
-        self.frames = FrameAllocator(self.physical, 0x1000, ram - 0x1000)
+        self.physical.add_slot(TABLES, tables)
+        self.frames = FrameAllocator(self.physical, 0, ram)
         self.bank = DictBank(64, 3)
         self.memory = PagedMemory(Walker(self.bank, self.physical), self.physical)
-        self.space = AddressSpace(self.physical, self.frames, self.memory.flush)
+        self.space = AddressSpace(
+            self.physical, FrameAllocator(self.physical, TABLES, tables), self.memory.flush
+        )
         self.bank.write("cr3", self.space.root)
         self.bank.write("rflags", 0x246)
         gpr = memoryview(bytearray(128)).cast("Q")
@@ -64,8 +68,10 @@ class Clock:
 class Guest:
     """A process with scratch memory, whose system calls the test makes."""
 
-    def __init__(self, files: Files | None = None, ram: int = 64 << 20) -> None:
-        self.machine = Machine(ram)
+    def __init__(
+        self, files: Files | None = None, ram: int = 64 << 20, tables: int = 1 << 20
+    ) -> None:
+        self.machine = Machine(ram, tables)
         self.cpu = self.machine.cpu
         self.memory = MemoryMap(self.machine.space, self.machine.frames)
         self.memory.insert(SCRATCH, SCRATCH_SIZE, 3)

@@ -201,6 +201,32 @@ def test_remap_grows_in_place_moves_and_shrinks() -> None:
     assert guest.call(MREMAP, target, PAGE, PAGE, MAYMOVE | 2, target) == -EINVAL
 
 
+def test_remapping_needs_no_memory_of_its_own() -> None:
+    guest = Guest(ram=4 << 20)
+    at = allocate(guest, 600)
+    guest.put(b"x", at)
+    moved = guest.call(MREMAP, at, 600 * PAGE, 600 * PAGE, MAYMOVE | 2, 0x3000_0000)
+    assert guest.get(1, moved) == b"x"
+
+
+def test_exhausted_page_tables_are_enomem_and_change_nothing() -> None:
+    guest = Guest(tables=9 * PAGE)
+    places = [0x2000_0000 + (i << 30) for i in range(20)]
+    made = [at for at in places if allocate(guest, 1, at=at, flags=FIXED) == at]
+    assert 1 <= len(made) < 20
+    assert allocate(guest, 1, at=places[-1], flags=FIXED) == -ENOMEM
+    guest.put(b"kept", made[0])
+    assert guest.call(MREMAP, made[0], PAGE, PAGE, 3, places[-1]) == -ENOMEM
+    assert guest.get(4, made[0]) == b"kept" and can_write(guest, made[0])
+    assert guest.call(MREMAP, made[0], PAGE, 2 * PAGE, 3, places[-1]) == -ENOMEM
+    assert guest.get(4, made[0]) == b"kept"
+    assert not guest.memory.is_mapped(places[-1], places[-1] + PAGE)
+    assert guest.call(MPROTECT, made[0], PAGE, NONE) == 0
+    assert guest.call(MREMAP, made[0], PAGE, PAGE, 3, places[-1]) == places[-1]
+    assert guest.call(MPROTECT, places[-1], PAGE, READ) == -ENOMEM
+    assert guest.memory.is_mapped(places[-1], places[-1] + PAGE)
+
+
 def test_discarded_pages_read_as_zero() -> None:
     guest = Guest()
     at = allocate(guest, 4)

@@ -169,26 +169,33 @@ class MemoryMap:
                 continue
             (cut,) = self._take(low, high)
             changed = replace(cut, prot=prot)
+            try:
+                self._change(cut, changed)
+            except MemoryError:
+                self._store(cut)
+                raise error(ENOMEM) from None
             self._store(changed)
-            if not prot:
-                self._hide(cut)
-            elif cut.prot:
-                self.space.protect(low, high - low, write=_write(prot), execute=_execute(prot))
-            else:  # its page tables are still there: this cannot run out of memory
-                self._show(changed)
 
     def move(self, start: int, size: int, target: int) -> None:
         """Let a mapped range appear at ``target`` instead, with all it holds."""
-        self.insert(target, size, PROT_READ)  # so that the page tables are there
         self.remove(target, size)
         moved = self._take(start, start + size)
         for area in moved:
             self._hide(area)
-        for area in moved:
-            at = area.start - start + target
-            placed = replace(area, start=at, end=at + area.size)
-            self._store(placed)
-            self._show(placed)
+        distance = target - start
+        placed = [replace(a, start=a.start + distance, end=a.end + distance) for a in moved]
+        try:
+            for area in placed:
+                self._show(area)
+        except MemoryError:  # no page tables for the new place: back to the old one
+            self.space.unmap(target, size)
+            for area in moved:
+                self._show(area)
+            placed = moved
+            raise error(ENOMEM) from None
+        finally:
+            for area in placed:
+                self._store(area)
 
     def discard(self, start: int, size: int) -> None:
         """Let anonymous pages of the range read as zero again (MADV_DONTNEED)."""
@@ -252,6 +259,16 @@ class MemoryMap:
     def _hide(self, area: Area) -> None:
         if area.prot and area.physical is not None:
             self.space.unmap(area.start, area.size)
+
+    def _change(self, old: Area, new: Area) -> None:
+        """Give pages of an area that has frames another protection."""
+        if not new.prot:
+            self._hide(old)
+        elif old.prot:
+            write, execute = _write(new.prot), _execute(new.prot)
+            self.space.protect(new.start, new.size, write=write, execute=execute)
+        else:
+            self._show(new)
 
     def _show(self, area: Area) -> None:
         if area.prot and area.physical is not None:

@@ -149,7 +149,11 @@ def _move(process: Process, old: int, old_size: int, size: int, target: int) -> 
         memory.insert(target + old_size, size - old_size, prot)
     else:
         memory.remove(old + size, old_size - size)
-    memory.move(old, min(old_size, size), target)
+    try:
+        memory.move(old, min(old_size, size), target)
+    except OSError:
+        memory.remove(target, size)
+        raise
     return target
 
 
