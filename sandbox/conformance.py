@@ -82,13 +82,19 @@ def not_comparable(form: str) -> str | None:
 
 def is_undefined(insn: Insn, state: State) -> bool:
     """Whether what happens is up to the CPU for this state: 16-bit SHLD and SHRD by more than 16,
-    MASKMOVDQU with an empty mask (which may or may not fault)."""
+    MASKMOVDQU with an empty mask (which may or may not fault), LDMXCSR of a bit that one maker
+    has (17, AMD's misaligned exception mask) and the other reserves."""
     if insn.mnemonic in ("shld", "shrd") and "RM16" in insn.form:
         count = state.gpr[RCX] if insn.form.endswith("CL") else insn.iced.immediate8
         return count & 31 > 16
     if insn.mnemonic in ("maskmovdqu", "vmaskmovdqu"):
         mask = state.vector(RegisterInfo(insn.iced.op2_register).number, 16)
         return not any(byte & 0x80 for byte in mask)
+    if insn.mnemonic in ("ldmxcsr", "vldmxcsr"):
+        (used,) = InstructionInfoFactory().info(insn.iced).used_memory()
+        at = (linear_address(insn, used, state) or 0) - REGION
+        value = int.from_bytes(state.memory[at : at + 4], "little") if at >= 0 else 0
+        return value >> 16 == 2
     return False
 
 
