@@ -1,6 +1,7 @@
 """The pack ``avx2``: what x86-64-v3 adds, by family of operation, with the SSE twins of all forms.
 
-AVX, AVX2, AES, PCLMULQDQ, VAES, VPCLMULQDQ, FMA, F16C, BMI1, BMI2, LZCNT, MOVBE.
+AVX, AVX2, AES, PCLMULQDQ, VAES, VPCLMULQDQ, FMA, F16C, BMI1, BMI2, LZCNT, MOVBE, and FISTTP, for
+without all of SSE3 CPUID does not offer AVX.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from handlers import (
     shift,
     shuffle,
     strings,
+    x87_store,
 )
 from sandbox.handler import Pack
 
@@ -57,4 +59,5 @@ PACK = Pack.of(
     float_horizontal,
     float_round,
     GENERAL,
+    x87_store,
 )
