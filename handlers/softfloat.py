@@ -107,7 +107,12 @@ def flush(f: Format, a: int, mxcsr: int) -> int:
 
 
 def _denormals(f: Format, *operands: int) -> int:
-    return DE if any(0 < a & f.magnitude < f.min_normal for a in operands) else 0
+    """DE if one of the operands is a denormal."""
+    low, magnitude = f.min_normal, f.magnitude
+    for a in operands:
+        if 0 < a & magnitude < low:
+            return DE
+    return 0
 
 
 def _split(f: Format, a: int) -> tuple[int, int]:
@@ -207,15 +212,17 @@ def _zero(f: Format, sign_a: int, sign_b: int, mxcsr: int) -> int:
 
 
 def add(f: Format, a: int, b: int, mxcsr: int) -> Result:
-    if is_nan(f, a) or is_nan(f, b):
+    infinity, magnitude = f.infinity, f.magnitude
+    if a & magnitude > infinity or b & magnitude > infinity:
         return _propagate(f, a, b)
-    a, b = flush(f, a, mxcsr), flush(f, b, mxcsr)
-    if a & f.magnitude == f.infinity:
+    if mxcsr & DAZ:
+        a, b = flush(f, a, mxcsr), flush(f, b, mxcsr)
+    if a & magnitude == infinity:
         if b == a ^ f.sign:
             return f.default_nan, IE
         return a, _denormals(f, b)
     flags = _denormals(f, a, b)
-    if b & f.magnitude == f.infinity:
+    if b & magnitude == infinity:
         return b, flags
     bits, more = _sum(f, (a & f.sign, *_split(f, a)), (b & f.sign, *_split(f, b)), mxcsr)
     return bits, flags | more
@@ -226,9 +233,10 @@ def sub(f: Format, a: int, b: int, mxcsr: int) -> Result:
 
 
 def mul(f: Format, a: int, b: int, mxcsr: int) -> Result:
-    if is_nan(f, a) or is_nan(f, b):
+    if a & f.magnitude > f.infinity or b & f.magnitude > f.infinity:
         return _propagate(f, a, b)
-    a, b = flush(f, a, mxcsr), flush(f, b, mxcsr)
+    if mxcsr & DAZ:
+        a, b = flush(f, a, mxcsr), flush(f, b, mxcsr)
     sign = (a ^ b) & f.sign
     magnitudes = a & f.magnitude, b & f.magnitude
     if f.infinity in magnitudes:
@@ -242,9 +250,10 @@ def mul(f: Format, a: int, b: int, mxcsr: int) -> Result:
 
 
 def div(f: Format, a: int, b: int, mxcsr: int) -> Result:
-    if is_nan(f, a) or is_nan(f, b):
+    if a & f.magnitude > f.infinity or b & f.magnitude > f.infinity:
         return _propagate(f, a, b)
-    a, b = flush(f, a, mxcsr), flush(f, b, mxcsr)
+    if mxcsr & DAZ:
+        a, b = flush(f, a, mxcsr), flush(f, b, mxcsr)
     sign = (a ^ b) & f.sign
     dividend, divisor = a & f.magnitude, b & f.magnitude
     if dividend == divisor and dividend in (0, f.infinity):
@@ -293,20 +302,23 @@ def fma(
 
     The digits of VFMADD132/213/231 name the operands in just this order.
     """
-    if is_nan(f, a) or is_nan(f, b) or is_nan(f, c):
+    infinity, magnitude = f.infinity, f.magnitude
+    if a & magnitude > infinity or b & magnitude > infinity or c & magnitude > infinity:
         return _propagate(f, a, b, c)
-    a, b, c = flush(f, a, mxcsr), flush(f, b, mxcsr), flush(f, c, mxcsr)
-    sign = (a ^ b) & f.sign ^ (f.sign if negate_product else 0)
+    if mxcsr & DAZ:
+        a, b, c = flush(f, a, mxcsr), flush(f, b, mxcsr), flush(f, c, mxcsr)
+    sign = (a ^ b) & f.sign
+    if negate_product:
+        sign ^= f.sign
     if negate_addend:
         c ^= f.sign
-    magnitudes = a & f.magnitude, b & f.magnitude
-    infinite = f.infinity in magnitudes
-    if infinite and (0 in magnitudes or c == (sign ^ f.sign) | f.infinity):
+    infinite = a & magnitude == infinity or b & magnitude == infinity
+    if infinite and (not a & magnitude or not b & magnitude or c == (sign ^ f.sign) | infinity):
         return f.default_nan, IE
     flags = _denormals(f, a, b, c)
     if infinite:
-        return sign | f.infinity, flags
-    if c & f.magnitude == f.infinity:
+        return sign | infinity, flags
+    if c & magnitude == infinity:
         return c, flags
     (m_a, e_a), (m_b, e_b), (m_c, e_c) = _split(f, a), _split(f, b), _split(f, c)
     bits, more = _sum(f, (sign, m_a * m_b, e_a + e_b), (c & f.sign, m_c, e_c), mxcsr)
