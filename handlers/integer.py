@@ -86,8 +86,11 @@ def bind_operand(cpu: Cpu, insn: Insn, number: int) -> Operand | None:
 
 def bind_register(cpu: Cpu, register: int) -> Operand | None:
     """A general register as operand, or None if ``register`` is none."""
-    if register not in REGISTERS:
-        return None
+    return general_register(cpu, register) if register in REGISTERS else None
+
+
+def general_register(cpu: Cpu, register: int) -> Operand:
+    """A general register as operand. KeyError if ``register`` is none."""
     number, bits, shift = REGISTERS[register]
     gpr, mask = cpu.gpr, MASK[bits]
     keep = MASK[64] & ~(mask << shift)

@@ -157,22 +157,32 @@ class BitTest(Handler):
         in_memory = insn.iced.op_kind(0) == OpKind.MEMORY
         if in_memory and insn.iced.op_kind(1) == OpKind.REGISTER:
             target = _bit_string(cpu, insn, offset)
-        return self._bind_action(cpu, target, offset)
+        if self.change is None:
+            return _bind_test(cpu, target, offset)
+        return _bind_change(cpu, target, offset, self.change)
 
-    def _bind_action(self, cpu: Cpu, target: Operand, offset: Operand) -> Action:
-        bank, change, last = cpu.registers.bank, self.change, target.bits - 1
 
-        def test() -> None:
-            carry = target.read() >> (offset.read() & last) & 1
-            bank.write("rflags", bank.read("rflags") & ~CF | carry)
+def _bind_test(cpu: Cpu, target: Operand, offset: Operand) -> Action:
+    bank, last = cpu.registers.bank, target.bits - 1
 
-        def test_and_change() -> None:
-            assert change is not None
-            value, place = target.modify(), offset.read() & last
-            target.write(change(value, 1 << place))
-            bank.write("rflags", bank.read("rflags") & ~CF | value >> place & 1)
+    def action() -> None:
+        carry = target.read() >> (offset.read() & last) & 1
+        bank.write("rflags", bank.read("rflags") & ~CF | carry)
 
-        return test if change is None else test_and_change
+    return action
+
+
+def _bind_change(
+    cpu: Cpu, target: Operand, offset: Operand, change: Callable[[int, int], int]
+) -> Action:
+    bank, last = cpu.registers.bank, target.bits - 1
+
+    def action() -> None:
+        value, place = target.modify(), offset.read() & last
+        target.write(change(value, 1 << place))
+        bank.write("rflags", bank.read("rflags") & ~CF | value >> place & 1)
+
+    return action
 
 
 def _bit_string(cpu: Cpu, insn: Insn, offset: Operand) -> Operand:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Register
 
 from handlers.flags import of_result
-from handlers.integer import bind_register
+from handlers.integer import general_register
 from sandbox.cpu import DE, Fault
 from sandbox.handler import Action, Handler
 from sandbox.registers import AF, CF, PF, SF, ZF
@@ -92,8 +92,7 @@ class Adjust(Handler):
         self.flags = flags
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
-        accumulator = bind_register(cpu, Register.AX)
-        assert accumulator is not None
+        accumulator = general_register(cpu, Register.AX)
         read, write, bank = accumulator.read, accumulator.write, cpu.registers.bank
         adjust, keep, base = self.adjust, ~self.flags, insn.iced.immediate8
 

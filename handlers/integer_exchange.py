@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import MemorySizeExt, OpKind, Register
 
 from handlers.flags import MASK, STATUS
-from handlers.integer import bind_operands, bind_register
+from handlers.integer import bind_operands, general_register
 from handlers.integer_arithmetic import add, sub
 from sandbox.cpu import GP, Fault, bind_address
 from sandbox.handler import Action, Handler
@@ -81,9 +81,7 @@ class Cmpxchg(Handler):
             return None
         target, source = bound
         bits, bank = target.bits, cpu.registers.bank
-        accumulator = bind_register(cpu, _ACCUMULATOR[bits])
-        assert accumulator is not None
-        expected = accumulator
+        expected = general_register(cpu, _ACCUMULATOR[bits])
         in_memory = insn.iced.op0_kind == OpKind.MEMORY
 
         def action() -> None:

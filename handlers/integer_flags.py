@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Register
 
 from handlers.flags import STATUS
-from handlers.integer import bind_register
+from handlers.integer import general_register
 from sandbox.cpu import GP, Fault
 from sandbox.handler import Action, Handler
 from sandbox.registers import CF, DF, IF, IOPL, OF
@@ -70,8 +70,7 @@ class FlagsInAccumulator(Handler):
     restartable = True
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
-        high, low = bind_register(cpu, Register.AH), bind_register(cpu, Register.AL)
-        assert high is not None and low is not None
+        high, low = general_register(cpu, Register.AH), general_register(cpu, Register.AL)
         read_ah, write_ah, write_al, bank = high.read, high.write, low.write, cpu.registers.bank
 
         def lahf() -> None:

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 from iced_x86 import OpKind, Register
 
-from handlers.integer import Operation, bind_memory, bind_moved_address, bind_operand, bind_register
+from handlers.integer import (
+    Operation,
+    bind_memory,
+    bind_moved_address,
+    bind_operand,
+    general_register,
+)
 from handlers.integer_shift import signed
 from sandbox.cpu import bind_address, bind_offset
 from sandbox.handler import Action, Handler
@@ -80,8 +86,7 @@ class Xlat(Handler):
     restartable = True
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
-        low = bind_register(cpu, Register.AL)
-        assert low is not None
+        low = general_register(cpu, Register.AL)
         write, load, address = low.write, cpu.read, bind_moved_address(cpu, insn, low.read)
         return lambda: write(load(address(), 1)[0])
 
@@ -97,8 +102,7 @@ class SignExtend(Handler):
         self.registers = getattr(Register, source), getattr(Register, target)
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
-        source, target = (bind_register(cpu, register) for register in self.registers)
-        assert source is not None and target is not None
+        source, target = (general_register(cpu, register) for register in self.registers)
         read, write, bits = source.read, target.write, source.bits
         if target.bits > bits:
             return lambda: write(signed(bits, read()))

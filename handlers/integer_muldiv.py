@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Register
 
 from handlers.flags import MASK
-from handlers.integer import Operand, Operation, bind_operand, bind_operands, bind_register
+from handlers.integer import Operand, Operation, bind_operand, bind_operands, general_register
 from handlers.integer_shift import signed
 from sandbox.cpu import DE, Fault
 from sandbox.handler import Action, Handler
@@ -87,8 +87,7 @@ class _Wide(Handler):
         source = bind_operand(cpu, insn, 0) if insn.iced.op_count == 1 else None
         if source is None:
             return None
-        upper, lower = (bind_register(cpu, name) for name in _PAIRS[source.bits])
-        assert upper is not None and lower is not None
+        upper, lower = (general_register(cpu, name) for name in _PAIRS[source.bits])
         return self.bind_wide(cpu, upper, lower, source)
 
     def bind_wide(self, cpu: Cpu, upper: Operand, lower: Operand, source: Operand) -> Action:
@@ -139,9 +138,7 @@ class Mulx(Handler):
             return None
         upper, lower, source = bound
         bits = source.bits
-        factor = bind_register(cpu, _PAIRS[bits][0])
-        assert factor is not None
-        read_factor = factor.read
+        read_factor = general_register(cpu, _PAIRS[bits][0]).read
 
         def action() -> None:
             product = read_factor() * source.read()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Code, OpKind, Register
 
 from handlers.flags import MASK, STATUS
-from handlers.integer import Read, bind_memory, bind_operand, bind_register
+from handlers.integer import Read, bind_memory, bind_operand, bind_register, general_register
 from handlers.integer_flags import may_change_interrupts
 from handlers.integer_move import SEGMENTS
 from sandbox.cpu import GP, SS_, Fault, bind_address, is_canonical
@@ -149,12 +149,12 @@ class PopAll(Handler):
         size, stack = insn.iced.stack_pointer_increment // 8, Stack(cpu, insn.bitness)
         names = "DI SI BP SP BX DX CX AX".split()
         prefix = "E" if size == 4 else ""
-        targets = [bind_register(cpu, getattr(Register, prefix + name)) for name in names]
+        targets = [general_register(cpu, getattr(Register, prefix + name)) for name in names]
 
         def action() -> None:
             data = cpu.read(stack.top(), 8 * size)
             for place, target in enumerate(targets):
-                if place != names.index("SP") and target is not None:
+                if place != names.index("SP"):
                     at = place * size
                     target.write(int.from_bytes(data[at : at + size], "little"))
             stack.drop(8 * size)
@@ -263,9 +263,7 @@ class Leave(Handler):
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
         size, stack, gpr = _LEAVE_SIZES[insn.code], Stack(cpu, insn.bitness), cpu.gpr
-        frame_pointer = bind_register(cpu, _FRAME_POINTERS[size])
-        assert frame_pointer is not None
-        write = frame_pointer.write
+        write = general_register(cpu, _FRAME_POINTERS[size]).write
 
         def action() -> None:
             frame = gpr[RBP]

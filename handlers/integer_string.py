@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import OpKind, Register
 
 from handlers.flags import MASK, STATUS
-from handlers.integer import Operand, Read, bind_memory, bind_register
+from handlers.integer import Operand, Read, Write, bind_memory, general_register
 from handlers.integer_arithmetic import sub
 from handlers.integer_move import SEGMENTS
 from sandbox.handler import Action, Handler, Resume
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 BATCH = 1024
 """The most elements that one execution handles."""
 
-_SOURCES = {
+_SOURCES: dict[int, int] = {
     OpKind.MEMORY_SEG_SI: Register.SI,
     OpKind.MEMORY_SEG_ESI: Register.ESI,
     OpKind.MEMORY_SEG_RSI: Register.RSI,
 }
-_DESTINATIONS = {
+_DESTINATIONS: dict[int, int] = {
     OpKind.MEMORY_ESDI: Register.DI,
     OpKind.MEMORY_ESEDI: Register.EDI,
     OpKind.MEMORY_ESRDI: Register.RDI,
@@ -51,30 +51,28 @@ class _Strings:
         self.cpu = cpu
         self.insn = insn
         self.size = _SIZES[insn.mnemonic[-1]]
-        self.bits = 8 * self.size
         self.bank = cpu.registers.bank
-        self.source: Operand | None = None
-        self.destination: Operand | None = None
         self.address_bits = insn.bitness
+        self._kinds = [insn.iced.op_kind(number) for number in range(insn.iced.op_count)]
         self._indexes: list[Operand] = []
-        for number in range(insn.iced.op_count):
-            kind = insn.iced.op_kind(number)
-            if kind in _SOURCES:
-                segment = SEGMENTS[insn.iced.memory_segment][0]
-                self.source = self._bind_element(_SOURCES[kind], segment)
-            elif kind in _DESTINATIONS:
-                self.destination = self._bind_element(_DESTINATIONS[kind], ES)
-
-    def register(self, register: int) -> Operand:
-        operand = bind_register(self.cpu, register)
-        assert operand is not None
-        return operand
 
     def accumulator(self) -> Operand:
-        return self.register(_ACCUMULATORS[self.size])
+        return general_register(self.cpu, _ACCUMULATORS[self.size])
 
-    def _bind_element(self, register: int, segment: int) -> Operand:
-        index = self.register(register)
+    def count(self) -> Operand:
+        return general_register(self.cpu, _COUNTS[self.address_bits])
+
+    def source(self) -> Operand:
+        """The element at (E/R)SI, in DS or the segment of a prefix."""
+        return self._bind_element(_SOURCES, SEGMENTS[self.insn.iced.memory_segment][0])
+
+    def destination(self) -> Operand:
+        """The element at (E/R)DI, always in ES."""
+        return self._bind_element(_DESTINATIONS, ES)
+
+    def _bind_element(self, registers: dict[int, int], segment: int) -> Operand:
+        (register,) = (registers[kind] for kind in self._kinds if kind in registers)
+        index = general_register(self.cpu, register)
         self.address_bits = index.bits
         self._indexes.append(index)
         return bind_memory(self.cpu, self._bind_address(index.read, segment), self.size)
@@ -100,33 +98,19 @@ class _Strings:
 
 
 def _bind_movs(strings: _Strings) -> Step:
-    source, destination, advance = strings.source, strings.destination, strings.bind_advance()
-    assert source is not None and destination is not None
-    read, write = source.read, destination.write
-
-    def step() -> None:
-        write(read())
-        advance()
-
-    return step
+    return _bind_transfer(strings, strings.source().read, strings.destination().write)
 
 
 def _bind_stos(strings: _Strings) -> Step:
-    destination, advance = strings.destination, strings.bind_advance()
-    assert destination is not None
-    read, write = strings.accumulator().read, destination.write
-
-    def step() -> None:
-        write(read())
-        advance()
-
-    return step
+    return _bind_transfer(strings, strings.accumulator().read, strings.destination().write)
 
 
 def _bind_lods(strings: _Strings) -> Step:
-    source, advance = strings.source, strings.bind_advance()
-    assert source is not None
-    read, write = source.read, strings.accumulator().write
+    return _bind_transfer(strings, strings.source().read, strings.accumulator().write)
+
+
+def _bind_transfer(strings: _Strings, read: Read, write: Write) -> Step:
+    advance = strings.bind_advance()
 
     def step() -> None:
         write(read())
@@ -136,18 +120,15 @@ def _bind_lods(strings: _Strings) -> Step:
 
 
 def _bind_cmps(strings: _Strings) -> Step:
-    assert strings.source is not None
-    return _bind_comparison(strings, strings.source.read)
+    return _bind_comparison(strings, strings.source().read, strings.destination().read)
 
 
 def _bind_scas(strings: _Strings) -> Step:
-    return _bind_comparison(strings, strings.accumulator().read)
+    return _bind_comparison(strings, strings.accumulator().read, strings.destination().read)
 
 
-def _bind_comparison(strings: _Strings, first: Read) -> Step:
-    destination, advance, bank = strings.destination, strings.bind_advance(), strings.bank
-    assert destination is not None
-    second, bits = destination.read, strings.bits
+def _bind_comparison(strings: _Strings, first: Read, second: Read) -> Step:
+    advance, bank, bits = strings.bind_advance(), strings.bank, 8 * strings.size
 
     def step() -> None:
         _difference, flags = sub(bits, first(), second())
@@ -159,8 +140,8 @@ def _bind_comparison(strings: _Strings, first: Read) -> Step:
 
 def _bind_repeat(strings: _Strings, step: Step, stop_at: int | None) -> Action:
     """Repeat ``step``; ``stop_at``: the state of ZF that ends it early."""
-    count, bank = strings.register(_COUNTS[strings.address_bits]), strings.bank
-    read, write, cpu = count.read, count.write, strings.cpu
+    count, bank, cpu = strings.count(), strings.bank, strings.cpu
+    read, write = count.read, count.write
 
     def action() -> Resume | None:
         for _ in range(BATCH):

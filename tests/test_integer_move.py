@@ -11,8 +11,9 @@ from handlers.flags import CONDITION_NAMES
 from handlers.integer import REGISTERS
 from sandbox.decode import Insn, decode
 from sandbox.native import DATA, State
-from sandbox.registers import RAX, RBX, RDX
-from tests.integer_cases import assert_like_hardware, insns_of, needs_native, operand_address
+from sandbox.registers import RAX, RBX, RDX, RSP, Segment
+from tests.doubles import make_cpu
+from tests.integer_cases import assert_like_hardware, bind, insns_of, needs_native, operand_address
 
 
 @needs_native
@@ -96,3 +97,38 @@ def test_xlat(code: str) -> None:
 )
 def test_lea_cuts_to_address_size_and_operand_size(code: str) -> None:
     assert_like_hardware([decode(bytes.fromhex(code), 64)], states=60)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("668cd8", 0x1122334455660BAD),  # mov ax, ds keeps the rest
+        ("8cd8", 0x0BAD),  # mov eax, ds is zero-extended
+        ("488cd8", 0x0BAD),
+    ],
+)
+def test_reading_a_segment_register(code: str, expected: int) -> None:
+    cpu = make_cpu()
+    cpu.registers.bank.write_segment("ds", Segment(selector=0x0BAD))
+    cpu.gpr[RAX] = 0x1122334455667788
+    bind(cpu, decode(bytes.fromhex(code), 64))()
+    assert cpu.gpr[RAX] == expected
+
+
+def test_a_segment_register_takes_16_bits_of_memory() -> None:
+    cpu = make_cpu()
+    cpu.registers.bank.write_segment("ds", Segment(selector=0x0BAD))
+    cpu.gpr[RAX] = 0x10000
+    cpu.write(0x10000, b"\xff" * 8)
+    bind(cpu, decode(bytes.fromhex("488c18"), 64))()
+    assert cpu.read(0x10000, 4) == b"\xad\x0b\xff\xff"
+
+
+@pytest.mark.parametrize(("code", "size"), [("0fa0", 8), ("660fa0", 2)])
+def test_pushing_a_segment_register(code: str, size: int) -> None:
+    cpu = make_cpu()
+    cpu.registers.bank.write_segment("fs", Segment(selector=0x0BAD))
+    cpu.gpr[RSP] = 0x11000
+    bind(cpu, decode(bytes.fromhex(code), 64))()
+    assert cpu.gpr[RSP] == 0x11000 - size
+    assert cpu.read_int(0x11000 - size, size) == 0x0BAD
