@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -61,3 +63,13 @@ def test_32_bit_addresses_wrap() -> None:
     cpu.write(DATA, b"read")
     execute(HANDLERS, cpu, "67c4e26d900c18")  # vpgatherdd ymm1, [eax + ymm3], ymm2
     assert cpu.vec.read(1) == b"read" * 8 + bytes(32)
+
+
+def test_32_bit_code_adds_the_segment_base() -> None:
+    cpu = small_cpu(32, v1=bytes(32), v2=b"\xff" * 32, v3=indices(*range(0, 32, 4)))
+    bank = cpu.registers.bank
+    bank.write_segment("ds", replace(bank.read_segment("ds"), base=0xFFFF_F000))
+    cpu.gpr[0] = DATA + 0x1000
+    cpu.write(DATA, bytes(range(32)))
+    execute(HANDLERS, cpu, "c4e26d900418")  # vpgatherdd ymm0, [eax + ymm3], ymm2
+    assert cpu.vec.read(0) == bytes(range(32)) + bytes(32)

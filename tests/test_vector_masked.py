@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from handlers import masked
@@ -58,3 +60,16 @@ def test_byte_mask_goes_to_rdi() -> None:
     cpu.gpr[7] = DATA + 3
     execute(HANDLERS, cpu, "c5f9f7ca")  # vmaskmovdqu xmm1, xmm2
     assert cpu.read(DATA + 3, 16) == bytes(i * (i % 2 == 0) for i in range(16))
+
+
+def test_byte_mask_in_32_bit_code_adds_the_overriding_segment() -> None:
+    cpu = small_cpu(32, v1=bytes(range(16)), v2=b"\x80" * 16)
+    bank = cpu.registers.bank
+    bank.write_segment("es", replace(bank.read_segment("es"), base=0x100))
+    cpu.gpr[7] = 0xDEAD_0000_0000_0000 | DATA - 0x100
+    execute(HANDLERS, cpu, "26660ff7ca")  # maskmovdqu xmm1, xmm2 with ES:
+    assert cpu.read(DATA, 16) == bytes(range(16))
+    bank.write_segment("ds", replace(bank.read_segment("ds"), base=0x200))
+    cpu.gpr[7] = DATA
+    execute(HANDLERS, cpu, "660ff7ca")
+    assert cpu.read(DATA + 0x200, 16) == bytes(range(16))
