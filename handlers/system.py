@@ -100,6 +100,12 @@ def rdtscp(cpu: Cpu, insn: Insn) -> None:
     cpu.gpr[RCX] = msr_values(cpu)[TSC_AUX]
 
 
+@handler("rdpmc")
+def rdpmc(cpu: Cpu, insn: Insn) -> None:
+    """There are no counters (CPUID leaf 0xA is empty), so none can be read at any level."""
+    raise Fault(GP, 0)
+
+
 @handler("rdpid")
 def rdpid(cpu: Cpu, insn: Insn) -> None:
     operand = bind_operand(cpu, insn, 0)
@@ -135,6 +141,6 @@ class Random(Handler):
 
 PACK = Pack.of(
     "system",
-    [cpuid, xgetbv, xsetbv, rdtsc, rdtscp, rdpid, Random()],
+    [cpuid, xgetbv, xsetbv, rdtsc, rdtscp, rdpmc, rdpid, Random()],
     [xstate, msr, control, tables, segments, far, far_return],
 )
