@@ -24,11 +24,16 @@ What the views span is the operation's extent:
 
 When the immediate or another fact of the form matters, or views have to be cut, the
 :func:`operation` decorator declares a function that is called at bind time with the
-:class:`~handlers.operands.Form` and the views, and returns the function to run each time::
+:class:`~handlers.operands.Form` and the views, and returns the function to run each time. A whole
+instruction of AVX-VNNI::
 
-    @operation("vpsllvd", "u4,u4->u4")
-    def vpsllv(form, a, count, out):
-        return partial(np.left_shift, a, count, out)
+    @operation("vpdpbusd", "i4,u1,i1->i4", Extent.WHOLE)
+    def vpdpbusd(form, total, a, b, out):
+        def step():
+            products = a.astype("i4") * b
+            np.add(total, products.reshape(-1, 4).sum(1), out)
+
+        return step
 
 ``out`` may be the very memory of a source (NumPy's ufuncs cope with that). With ``staged`` it is
 a buffer of its own, which is copied to the destination afterwards; nothing is written if the

@@ -13,6 +13,7 @@ from handlers.vector import Extent, lanewise, operation, scalar, whole
 from sandbox.cpu import GP, NM, PF_, UD, Cpu, Fault
 from sandbox.decode import decode
 from sandbox.handler import Handler
+from tests.differential import sweep
 from tests.doubles import make_cpu
 
 PADDD = lanewise("paddd", "u4,u4->u4", np.add)
@@ -212,3 +213,22 @@ def test_signature_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="lane type 'x4'"):
         Signature.parse("x4->u4")
     assert Extent.WHOLE is whole("pshufb", "u1,u1->u1", np.add).extent
+
+
+def test_the_example_of_the_documentation_is_the_instruction() -> None:
+    @operation("vpdpbusd", "i4,u1,i1->i4", Extent.WHOLE)
+    def vpdpbusd(form: Form, total: Lanes, a: Lanes, b: Lanes, out: Lanes) -> Step:
+        def step() -> None:
+            products = a.astype("i4") * b
+            np.add(total, products.reshape(-1, 4).sum(1), out)
+
+        return step
+
+    cpu = avx_cpu()
+    cpu.vec.lanes(1, "i4")[:2] = 5, -1
+    cpu.vec.write(2, bytes((255, 255, 1, 0, 1, 2, 3, 4)))
+    cpu.vec.write(3, bytes((127, 127, 0x80, 9, 1, 1, 1, 0xFF)))
+    run(cpu, vpdpbusd, "c4e26950cb")  # vpdpbusd xmm1, xmm2, xmm3
+    assert list(cpu.vec.lanes(1, "i4", 8)) == [5 + 2 * 255 * 127 - 128, -1 + 6 - 4]
+    assert cpu.vec.read(1)[16:] == bytes(48)
+    sweep(vpdpbusd, "vpdpbusd", features=["AVX_VNNI"])
