@@ -5,8 +5,9 @@ Constants: ``N = 5``, ``N equ 5``, ``.set N, 5``. Numbers: ``16``, ``0x10``, ``1
 ``'c'``; ``.`` or ``$`` is the address of the statement. A label is its address:
 ``mov rax, label`` loads it, ``mov rax, [rip+label]`` reads memory there.
 Data: ``.byte``/``db``, ``.word``/``dw`` (2 bytes), ``.long``/``dd``, ``.quad``/``dq``, ``.octa``,
-``.float``, ``.double``, ``.ascii``, ``.asciz``, ``.space N[, BYTE]``, ``.fill N, SIZE, VALUE``,
-``.align N`` (bytes). Modes: ``.code16``, ``.code32``, ``.code64``.
+``.float``, ``.double``, ``.ascii``, ``.asciz`` (strings in ``"..."`` with C's escapes),
+``.space N[, BYTE]``, ``.fill N, SIZE, VALUE``, ``.align N`` (bytes).
+Modes: ``.code16``, ``.code32``, ``.code64``.
 Instructions that keystone does not know or gets wrong are refused: write them as ``.byte``.
 """
 

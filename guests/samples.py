@@ -17,8 +17,12 @@ SOURCES = Path(__file__).with_name("c")
 LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3")
 """Values of gcc's ``-march`` (the x86-64 psABI's microarchitecture levels)."""
 OPTIMIZATIONS = ("O2", "O3")
-PREBUILT = SOURCES / "prebuilt" / "demo-x86-64-v3-O3-musl-gcc"
-"""``demo.c``, built for x86-64-v3, for machines without a compiler; see the README beside it."""
+PREBUILTS = {
+    name: SOURCES / "prebuilt" / f"{name}-x86-64-v3-O3-musl-gcc" for name in ("demo", "sort")
+}
+"""Samples built for x86-64-v3, for machines without a compiler; see the README beside them.
+Bare Unicorn refuses ``demo`` and runs ``sort`` to the end with wrong output."""
+PREBUILT = PREBUILTS["demo"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from guests.samples import LEVELS, OPTIMIZATIONS, PREBUILT, SAMPLES, SOURCES, Run, build, main
+from guests.bare import run_bare
+from guests.samples import LEVELS, OPTIMIZATIONS, PREBUILTS, SAMPLES, SOURCES, Run, build, main
 from sandbox.errors import GuestImageError
 
 V2 = {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"}
@@ -77,13 +78,27 @@ def test_sha256_sample_gives_the_published_digests(tmp_path: Path) -> None:
     assert b"ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in output
 
 
-def test_prebuilt_demo_prints_what_its_source_prints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PREBUILTS)
+def test_prebuilt_guest_prints_what_its_source_prints(name: str, tmp_path: Path) -> None:
     if not static_libc("gcc") or "x86-64-v3" not in native_levels():
         pytest.skip("needs gcc with a static libc on an x86-64-v3 CPU")
-    program = shutil.copy(PREBUILT, tmp_path / "demo")
+    program = shutil.copy(PREBUILTS[name], tmp_path / name)
     os.chmod(program, 0o755)
-    built = build("demo", "x86-64", "O2", tmp_path)
+    built = build(name, "x86-64", "O2", tmp_path)
     assert execute(Path(program), Run()) == execute(built, Run())
+
+
+def test_bare_unicorn_refuses_the_demo() -> None:
+    result = run_bare(PREBUILTS["demo"])
+    assert result.status is None
+    assert result.refused.startswith("vpbroadcastd ymm")
+
+
+def test_bare_unicorn_sorts_wrongly_without_a_word() -> None:
+    result = run_bare(PREBUILTS["sort"])
+    assert result.status == 0
+    assert b"doubles a85edcb4c35f6257 -2096419.208..2096879.250\n" in result.output
+    # The CPU prints:  doubles a85edcb4c35f6257 -2096419.207..2096879.211
 
 
 def test_every_source_is_a_listed_sample() -> None:
