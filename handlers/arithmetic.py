@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from handlers.operands import Form, Lanes, Step
 from handlers.vector import Extent, Plan, lanewise, operation, planned
@@ -203,28 +202,33 @@ def sum_of_differences(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     return step
 
 
-@operation("mpsadbw", "u1x16,u1x16->u2x8", Extent.WHOLE)
+@operation("mpsadbw", "u1,u1->u2", Extent.WHOLE)
 def sums_of_differences(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     """Eight sums per block: four bytes of ``b`` against eleven of ``a``, sliding.
 
     Three immediate bits for each block: bit 2 gives the start in ``a``, bits 1:0 in ``b``.
     """
-    wide_a, wide_b = np.empty(a.shape, "i2"), np.empty(b.shape, "i2")
-    parts = []
-    for block in range(len(a)):
-        control = form.imm >> 3 * block
-        start_a, start_b = (control >> 2 & 1) * 4, (control & 3) * 4
-        windows = sliding_window_view(wide_a[block, start_a : start_a + 11], 4)
-        parts.append((windows, wide_b[block, start_b : start_b + 4], out[block]))
-    difference = np.empty((8, 4), "i2")
+    from_a, from_b = [], []
+    for byte in range(4):  # all first bytes of the sums, then all second ones ...
+        for start in range(0, len(a), 16):
+            control = form.imm >> 3 * (start // 16)
+            from_a += [start + (control & 4) + byte + i for i in range(8)]
+            from_b += [start + 4 * (control & 3) + byte] * 8
+    index_a, index_b = np.array(from_a), np.array(from_b)
+    bytes_a, bytes_b, smaller = np.empty((3, len(from_a)), "u1")
+    wide = np.empty((4, len(out)), "u2")
+    flat, (first, second, third, fourth) = wide.reshape(-1), wide
 
     def step() -> None:
-        wide_a[...] = a
-        wide_b[...] = b
-        for windows, four, sums in parts:
-            np.subtract(windows, four, difference)
-            np.absolute(difference, difference)
-            np.add.reduce(difference, 1, "u2", out=sums)
+        a.take(index_a, None, bytes_a, "clip")
+        b.take(index_b, None, bytes_b, "clip")
+        np.fmin(bytes_a, bytes_b, smaller)
+        np.fmax(bytes_a, bytes_b, bytes_a)
+        np.subtract(bytes_a, smaller, bytes_a)
+        flat[...] = bytes_a
+        np.add(first, second, first)
+        np.add(third, fourth, third)
+        np.add(first, third, out)
 
     return step
 
