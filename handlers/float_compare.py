@@ -23,7 +23,7 @@ from handlers.fenv import (
     each_lane,
     raise_flags,
 )
-from handlers.float_forms import FORMATS, family, items
+from handlers.float_forms import FORMATS, family, items, normal_range
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import EQUAL, GREATER, LESS, MASKS, UNORDERED, Format, Result
 from handlers.vector import planned
@@ -130,8 +130,7 @@ def _compare_scalar(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
 def _bind_relation(a: Lanes, b: Lanes) -> Step:
     """A function that gives LESS, EQUAL or GREATER, or 0 if a NaN or a denormal needs a look."""
     left, right = items(a), items(b)
-    f = FORMATS[a.itemsize]
-    smallest = float(np.array([f.min_normal], f"u{a.itemsize}").view(a.dtype)[0])
+    smallest, _largest = normal_range(FORMATS[a.itemsize])
     negative = -smallest
 
     def relation() -> int:

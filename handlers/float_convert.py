@@ -24,7 +24,7 @@ from handlers.fenv import (
     each_lane,
     quietly,
 )
-from handlers.float_forms import FORMATS, items
+from handlers.float_forms import FORMATS, items, normal_range
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import DAZ, DE, F16, F32, FTZ, IE, MASKS, PE, RNE, RZERO, Format, Result
 from handlers.vector import Extent, lanewise, planned
@@ -44,6 +44,22 @@ def _between_floats(form: Form, a: Lanes, out: Lanes) -> Step:
         return soft.convert(source, target, bits, mxcsr)
 
     return bind_float(form.cpu, [_assign(out, a)], each_lane(reference, source, a), out)
+
+
+def _single_to_double(form: Form, a: Lanes, out: Lanes) -> Step:
+    """CVTSS2SD: a normal number stays what it is."""
+    take_full_way = _between_floats(form, a, out)
+    low, high = normal_range(F32)
+    source, target = items(a), items(out)
+
+    def step() -> None:
+        value = source[0]
+        if low <= abs(value) <= high:
+            target[0] = value
+        else:
+            take_full_way()
+
+    return step
 
 
 def _signed(bits: int, size: int) -> int:
@@ -264,7 +280,7 @@ def _copy(a: Lanes, out: Any) -> None:
 FLOAT_TO_FLOAT = [
     planned("cvtps2pd", "f4->f8", _between_floats, staged=True),
     planned("cvtpd2ps", "f8->f4", _between_floats, staged=True),
-    planned("cvtss2sd", "f4->f8", _between_floats, Extent.SCALAR),
+    planned("cvtss2sd", "f4->f8", _single_to_double, Extent.SCALAR),
     planned("cvtsd2ss", "f8->f4", _between_floats, Extent.SCALAR),
     planned("vcvtph2ps", "f2->f4", _halves_to_singles, staged=True),
     planned("vcvtps2ph", "f4->f2", _singles_to_halves, staged=True),

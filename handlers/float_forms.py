@@ -46,6 +46,12 @@ def by_ufunc(ufunc: Callable[..., Any], reference: Reference) -> Plan:
     return plan
 
 
-def items(lanes: Any) -> memoryview:
+def items(lanes: Any) -> Any:
     """The lanes as a memoryview: its items are plain Python numbers, read and written fast."""
     return memoryview(lanes)
+
+
+def normal_range(f: Format) -> tuple[float, float]:
+    """The smallest and the largest positive normal number of a format, as Python floats."""
+    smallest = 2.0 ** (1 - f.bias)
+    return smallest, (2.0 - 2.0 ** (1 - f.precision)) * 2.0**f.bias

@@ -13,7 +13,7 @@ from sandbox.cpu import UD, XM, Cpu, Fault
 from sandbox.decode import decode
 from tests.differential import resolve, sweep
 from tests.doubles import make_cpu
-from tests.float_sweep import forms
+from tests.float_sweep import FEATURES, forms
 
 VADDPS, VDIVPS, VSQRTPD = "c5ec58cb", "c5ec5ecb", "c5fd51cb"  # ymm1, [ymm2,] ymm3
 
@@ -43,6 +43,12 @@ def test_all_forms_equal_the_host_without_its_floating_point_environment(
 ) -> None:
     monkeypatch.setattr(fenv, "_host", None)
     sweep(float_arithmetic, forms=forms(float_arithmetic), cases=2, seed=1)
+
+
+@pytest.mark.parametrize("operation", ["add", "sub", "mul", "div", "sqrt"])
+def test_scalars_equal_the_host_when_inexact_is_set_already(operation: str) -> None:
+    names = [f"{v}{operation}{suffix}" for v in ("", "v") for suffix in ("ss", "sd")]
+    sweep(float_arithmetic, *names, features=FEATURES, cases=30, mxcsr=[0x1FA0, 0x9FE0])
 
 
 def test_unmasked_exception_leaves_the_destination_and_sets_its_flags() -> None:
