@@ -13,4 +13,5 @@ PACKS: Final = {
     "integer": "handlers.integer_pack",
     "linux": "handlers.linux",
     "system": "handlers.system",
+    "x87": "handlers.x87_pack",
 }

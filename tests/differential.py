@@ -67,22 +67,30 @@ def resolve(handlers: Any, cpu: Cpu, insn: Insn) -> tuple[Handler, Action] | Non
 
 
 class X87Bank(DictBank):
-    """MM0-7 are the low 64 bits of the x87 registers, by physical number."""
+    """The x87 registers by physical number: ST is relative to TOP, MM their low 64 bits."""
+
+    def __init__(self, bitness: int = 64, cpl: int = 0) -> None:
+        super().__init__(bitness, cpl)
+        self.values["cr0"] |= 0x20  # NE: errors of the x87 unit are #MF
+        self.physical = [0] * 8
 
     def read(self, name: str) -> int:
         if name[:2] == "mm":
-            return self.values.get(self._slot(name), 0) & 0xFFFF_FFFF_FFFF_FFFF
+            return self.physical[int(name[2:])] & 0xFFFF_FFFF_FFFF_FFFF
+        if name[:2] == "st" and name[2:].isdigit():
+            return self.physical[self._at(name)]
         return super().read(name)
 
     def write(self, name: str, value: int) -> None:
         if name[:2] == "mm":
-            self.values[self._slot(name)] = 0xFFFF << 64 | value
+            self.physical[int(name[2:])] = 0xFFFF << 64 | value
+        elif name[:2] == "st" and name[2:].isdigit():
+            self.physical[self._at(name)] = value
         else:
             super().write(name, value)
 
-    def _slot(self, name: str) -> str:
-        top = self.values.get("fpsw", 0) >> 11 & 7
-        return f"st{int(name[2:]) - top & 7}"
+    def _at(self, name: str) -> int:
+        return (self.values.get("fpsw", 0) >> 11) + int(name[2:]) & 7
 
 
 class UserMemory(FlatMemory):
@@ -148,11 +156,12 @@ class HandlerSubject:
             cpu.gpr[number] = state.gpr[number]
         for number in range(8):
             cpu.opmask[number] = state.opmask[number]
-            values[f"st{number}"] = state.st[number]
         cpu.vec.raw[:] = state.vectors
         self.memory.data[:] = state.memory
         values.update(rflags=state.rflags, mxcsr=state.mxcsr)
         values.update(fpcw=state.fpcw, fpsw=state.fpsw, fptag=state.fptag)
+        for number in range(8):
+            self.bank.write(f"st{number}", state.st[number])
 
     def _store(self, before: State) -> State:
         cpu, values = self.cpu, self.bank.values
@@ -165,7 +174,7 @@ class HandlerSubject:
             mxcsr=values["mxcsr"],
             vectors=cpu.vec.raw.tobytes(),
             opmask=cpu.opmask.tolist(),
-            st=[values[f"st{n}"] for n in range(8)],
+            st=[self.bank.read(f"st{n}") for n in range(8)],
             fpcw=values["fpcw"],
             fpsw=values["fpsw"],
             fptag=values["fptag"],

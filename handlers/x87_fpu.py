@@ -1,0 +1,291 @@
+"""The x87 unit as its handlers see it: stack, status, exceptions, and how instructions are bound.
+
+An instruction runs between :meth:`Fpu.begin` and :meth:`Fpu.end` on working copies of the status
+and tag words. What reads or checks memory comes first, so a fault leaves everything as it was.
+
+An unmasked exception sets ES and B and is reported as #MF by the next waiting instruction among
+these handlers, if CR0.NE is set (SDM Vol. 1, 8.6 and 8.7). With CR0.NE clear errors would go
+through an interrupt controller, which is not here: they are ignored, as with IGNNE# asserted.
+
+The last-instruction and last-operand pointers are written when an exception becomes pending, which
+is when somebody has a use for them; the selectors are deprecated and 0 (CPUID.7:EBX[13]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from handlers.softfloat import DE, IE, ZE
+from handlers.x87_format import (
+    DEFAULT_NAN,
+    NANS,
+    QUIET_BIT,
+    SIGN,
+    SIGNIFICAND,
+    Kind,
+    Rounded,
+    kind_of,
+)
+from sandbox.cpu import MF, NM, Cpu, Fault, bind_offset
+from sandbox.decode import Insn
+from sandbox.handler import Action, Handler
+
+SF, ES, B = 0x40, 0x80, 0x8000
+C0, C1, C2, C3 = 0x100, 0x200, 0x400, 0x4000
+CONDITIONS = C0 | C1 | C2 | C3
+FLAGS = 0x3F
+"""IE DE ZE OE UE PE, at the same place in the status and the control word."""
+TOP = 0x3800
+PRECOMPUTATION = IE | DE | ZE
+"""Exceptions that, unmasked, leave operands and stack alone (SDM Vol. 1, 8.6)."""
+
+_EM, _TS, _NE = 4, 8, 0x20
+_ST: Final = tuple(f"st{i}" for i in range(8))
+_EMPTY: Final = 3
+
+
+class Stop(Exception):
+    """An unmasked exception ends the instruction before its result is stored."""
+
+
+class Fpu:
+    """The x87 state of one vCPU, for the length of an instruction: ``cw``, ``sw`` and ``tags``."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self._cpu = cpu
+        bank = cpu.registers.bank
+        self.read, self.write = bank.read, bank.write
+        self.cw = self.sw = self.tags = 0
+        self._before = (0, 0)
+        self._reports = 0
+
+    @classmethod
+    def of(cls, cpu: Cpu) -> Fpu:
+        """The one of this vCPU."""
+        found = cpu.services.get("x87")
+        if not isinstance(found, Fpu):
+            found = cpu.services["x87"] = cls(cpu)
+        return found
+
+    # -- begin and end ----------------------------------------------------------------------------
+
+    def begin_control(self) -> None:
+        """#NM if the unit is off: for instructions that do not wait for a pending exception."""
+        controls = self._cpu.registers.controls
+        cr0 = self.read("cr0") if controls is None else controls[0]
+        if cr0 & (_EM | _TS):
+            raise Fault(NM)
+        self.sw, self.cw, self.tags = self.read("fpsw"), self.read("fpcw"), self.read("fptag")
+        self._before = (self.sw, self.tags)
+        self._reports = cr0 & _NE
+
+    def begin_waiting(self) -> None:
+        """As :meth:`begin_control`, and #MF if an exception is pending."""
+        self.begin_control()
+        if self.sw & ES and self._reports:
+            raise Fault(MF)
+
+    def begin(self) -> None:
+        """As :meth:`begin_waiting`, for instructions that compute or move data: C1 = 0."""
+        self.begin_waiting()
+        self.sw &= ~C1
+
+    def end(self, opcode: int, operand: Callable[[], int]) -> None:
+        """Write the status and tag words back. ``opcode`` is FOP, ``operand`` gives FDP."""
+        sw, tags = self._before
+        if self.sw != sw:
+            self.write("fpsw", self.sw)
+            if self.sw & ES and not sw & ES:
+                self.write("fop", opcode)
+                self.write("fip", self._cpu.rip)
+                self.write("fdp", operand())
+        if self.tags != tags:
+            self.write("fptag", self.tags)
+
+    # -- the stack --------------------------------------------------------------------------------
+
+    def is_empty(self, i: int) -> bool:
+        return self.tags >> 2 * ((self.sw >> 11) + i & 7) & 3 == _EMPTY
+
+    def st(self, i: int) -> int:
+        """ST(i) as it is, empty or not."""
+        return self.read(_ST[i - self._moved & 7])
+
+    @property
+    def _moved(self) -> int:
+        """By how much the top of the stack stands below where the register bank has it."""
+        return (self._before[0] >> 11) - (self.sw >> 11) & 7
+
+    def set(self, i: int, value: int) -> None:
+        """Write ST(i) and mark it as in use."""
+        self.write(_ST[i - self._moved & 7], value)
+        shift = 2 * ((self.sw >> 11) + i & 7)
+        kind = kind_of(value)
+        tag = 0 if kind is Kind.NORMAL else 1 if kind is Kind.ZERO else 2
+        self.tags = self.tags & ~(3 << shift) | tag << shift
+
+    def free(self, i: int) -> None:
+        self.tags |= _EMPTY << 2 * ((self.sw >> 11) + i & 7)
+
+    def move_top(self, by: int) -> None:
+        self.sw = self.sw & ~TOP | (self.sw + (by << 11)) & TOP
+
+    def pop(self) -> None:
+        self.free(0)
+        self.move_top(1)
+
+    def push(self, value: int) -> None:
+        self.move_top(-1)
+        self.set(0, value)
+
+    # -- exceptions -------------------------------------------------------------------------------
+
+    def signal(self, flags: int) -> None:
+        """Raise exceptions: :class:`Stop` if one that comes before the result is not masked."""
+        self.note(flags)
+        if flags & PRECOMPUTATION & ~self.cw:
+            raise Stop
+
+    def note(self, flags: int) -> None:
+        """Raise exceptions of a result that is stored nevertheless."""
+        self.sw |= flags
+        if flags & ~self.cw & FLAGS:
+            self.sw |= ES | B
+
+    def rounded_up(self, up: bool) -> None:
+        """C1 tells whether the last rounding was away from zero."""
+        self.sw = self.sw & ~C1 | (C1 if up else 0)
+
+    def underflow(self) -> None:
+        """A register that should hold an operand is empty."""
+        self.signal(IE | SF)
+
+    def check_room(self) -> bool:
+        """Whether a value can be pushed. If not, and that is masked, what is pushed is a NaN."""
+        if self.is_empty(7):
+            return True
+        self.sw |= C1
+        self.signal(IE | SF)
+        return False
+
+    def store(self, i: int, result: Rounded) -> None:
+        """A rounded result goes to ST(i), its flags and C1 to the status word."""
+        self.note(result.flags)
+        self.rounded_up(result.up)
+        self.set(i, result.bits)
+
+    def special(self, *operands: int) -> int | None:
+        """What unsupported operands and NaNs make of an instruction: a NaN, or None for neither.
+
+        Raises IE as they demand, DE not at all.
+        """
+        kinds = [kind_of(a) for a in operands]
+        if Kind.UNSUPPORTED in kinds:
+            self.signal(IE)
+            return DEFAULT_NAN
+        if NANS.isdisjoint(kinds):
+            return None
+        if Kind.SIGNALING in kinds:
+            self.signal(IE)
+        return propagate(operands, kinds)
+
+    def denormals(self, *operands: int) -> None:
+        """Raise DE if an operand is a denormal."""
+        if any(kind_of(a) is Kind.DENORMAL for a in operands):
+            self.signal(DE)
+
+
+def propagate(operands: tuple[int, ...], kinds: list[Kind]) -> int:
+    """The NaN that comes of NaN operands, quiet (SDM Vol. 1, table 4-7).
+
+    A quiet one goes before a signaling one, then the larger significand, then the positive one.
+    """
+    nans = [
+        (kind is Kind.QUIET, a & SIGNIFICAND, not a & SIGN, a)
+        for a, kind in zip(operands, kinds, strict=True)
+        if kind in NANS
+    ]
+    return max(nans)[3] | QUIET_BIT
+
+
+Body = Callable[[], None]
+Binder = Callable[[Cpu, Fpu, Insn], Body]
+
+
+class Instruction(Handler):
+    """An x87 instruction: ``make`` gives, for one vCPU and instruction, what it does after
+    ``begin``, one of the three of :class:`Fpu`."""
+
+    restartable = True
+
+    def __init__(
+        self, make: Binder, mnemonics: tuple[str, ...], begin: Callable[[Fpu], None]
+    ) -> None:
+        self.make = make
+        self.name = _name(make)
+        self.mnemonics = mnemonics
+        self.begin = begin
+
+    def bind(self, cpu: Cpu, insn: Insn) -> Action:
+        fpu = Fpu.of(cpu)
+        begin, end = self.begin, fpu.end
+        body, opcode, operand = self.make(cpu, fpu, insn), fop_of(insn), _bind_operand(cpu, insn)
+
+        def action() -> None:
+            begin(fpu)
+            with suppress(Stop):
+                body()
+            end(opcode, operand)
+
+        return action
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__.removeprefix('handlers.')}.{function.__name__}"
+
+
+def instruction(
+    *mnemonics: str, begin: Callable[[Fpu], None] = Fpu.begin
+) -> Callable[[Binder], Instruction]:
+    """Make the handler of ``mnemonics`` of a function that binds their body."""
+
+    def decorate(make: Binder) -> Instruction:
+        return Instruction(make, mnemonics, begin)
+
+    return decorate
+
+
+def simple(
+    *mnemonics: str, begin: Callable[[Fpu], None] = Fpu.begin
+) -> Callable[[Callable[[Fpu], None]], Instruction]:
+    """As :func:`instruction`, for those that have no operand but the stack."""
+
+    def decorate(function: Callable[[Fpu], None]) -> Instruction:
+        def make(_cpu: Cpu, fpu: Fpu, _insn: Insn) -> Body:
+            return partial(function, fpu)
+
+        found = Instruction(make, mnemonics, begin)
+        found.name = _name(function)
+        return found
+
+    return decorate
+
+
+def fop_of(insn: Insn) -> int:
+    """The 11 bits of FOP: the low bits of the opcode, and the ModRM byte (SDM Vol. 1, 8.1.9)."""
+    at = next((n for n, byte in enumerate(insn.raw) if byte & 0xF8 == 0xD8), None)
+    if at is None or at + 1 >= insn.length:
+        return 0
+    return (insn.raw[at] & 7) << 8 | insn.raw[at + 1]
+
+
+def has_memory(insn: Insn) -> bool:
+    """Whether an operand is in memory."""
+    return insn.iced.memory_size != 0
+
+
+def _bind_operand(cpu: Cpu, insn: Insn) -> Callable[[], int]:
+    return bind_offset(cpu, insn) if has_memory(insn) else int

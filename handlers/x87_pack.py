@@ -1,0 +1,8 @@
+"""The pack ``x87``: the instructions of the floating-point unit (SDM Vol. 1, chapter 8)."""
+
+from __future__ import annotations
+
+from handlers import x87_integer, x87_remainder
+from sandbox.handler import Pack
+
+PACK = Pack.of("x87", x87_integer.HANDLERS, x87_remainder.HANDLERS)
