@@ -178,9 +178,9 @@ class Operation(Handler):
 
     ``operands`` has a letter for each explicit operand in the decoder's order: ``r`` is read,
     ``w`` written, ``m`` modified (read and written). ``bits`` is the width of operand ``measure``.
-    ``compute`` gets the operands that are read and, if ``takes_flags``, RFLAGS at the end.
-    If ``flags`` (the RFLAGS bits it defines) is not 0, as is so for all that take flags, it
-    returns ``(result, flags)``.
+    ``compute`` gets the operands that are read, one or two, more if it takes flags; and RFLAGS at
+    the end if ``takes_flags``. If ``flags`` (the RFLAGS bits it defines) is not 0, as is so for
+    all that take flags, it returns ``(result, flags)``.
     """
 
     restartable = True
@@ -227,11 +227,8 @@ def _bind_evaluation(
     if len(sources) == 1:
         (a,) = sources
         return lambda: compute(bits, a())
-    if len(sources) == 2:
-        a, b = sources
-        return lambda: compute(bits, a(), b())
-    a, b, *more = sources
-    return lambda: compute(bits, a(), b(), *[source() for source in more])
+    a, b = sources
+    return lambda: compute(bits, a(), b())
 
 
 def _bind_plain_action(evaluate: Callable[[], int], write: Write) -> Action:
@@ -267,21 +264,18 @@ def _bind_carry_action(
     cpu: Cpu, operation: Operation, bits: int, sources: list[Read], write: Write
 ) -> Action:
     bank, keep, compute = cpu.registers.bank, ~operation.flags, operation.compute
-    first, *rest = sources
+    a, b, *more = sources
 
     def action() -> None:
         flags = bank.read("rflags")
-        result, defined = compute(bits, first(), *[source() for source in rest], flags)
+        result, defined = compute(bits, a(), b(), *[source() for source in more], flags)
         write(result)
         bank.write("rflags", flags & keep | defined)
 
     def binary() -> None:
         flags = bank.read("rflags")
-        result, defined = compute(bits, first(), second(), flags)
+        result, defined = compute(bits, a(), b(), flags)
         write(result)
         bank.write("rflags", flags & keep | defined)
 
-    if len(rest) > 1:
-        return action
-    second = rest[0]
-    return binary
+    return action if more else binary
