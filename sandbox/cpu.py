@@ -83,7 +83,10 @@ class Cpu:
         self.services: dict[str, Any] = {}
         """State that a pack keeps per vCPU (the Linux pack its process), by pack name."""
         self._undo: list[Callable[[], None]] | None = None
-        self._saved: tuple[bytes, bytes, bytes, int] = (b"", b"", b"", 0)
+        self._images = registers.images
+        self._saved: tuple[bytes, ...] = ()
+        self._logged_write = self._write_undoable
+        self._plain_write = memory.write
 
     @property
     def rip(self) -> int:
@@ -137,14 +140,14 @@ class Cpu:
     def begin(self) -> None:
         """From here on, :meth:`rollback` can undo what is written to GPRs, RIP, RFLAGS, MXCSR,
         vectors, opmasks and memory (RAM; what a device was told stays told)."""
-        self._saved = (bytes(self.gpr), bytes(self.vec.raw), bytes(self.opmask), self.rip)
+        self._saved = tuple(map(bytes, self._images))
         self._undo = []
-        self.write = self._write_undoable
+        self.write = self._logged_write
 
     def commit(self) -> None:
         """What was written since :meth:`begin` stands."""
         self._undo = None
-        self.write = self.memory.write
+        self.write = self._plain_write
 
     def rollback(self) -> None:
         """Undo everything written since :meth:`begin`."""
@@ -152,11 +155,8 @@ class Cpu:
         self.commit()
         for step in reversed(undo):
             step()
-        gpr, vectors, opmask, rip = self._saved
-        self.gpr[:] = memoryview(gpr).cast("Q")
-        self.vec.raw[:] = vectors
-        self.opmask[:] = memoryview(opmask).cast("Q")
-        self.registers.rip = rip
+        for image, saved in zip(self._images, self._saved, strict=True):
+            image[:] = saved
 
     def _write_undoable(self, address: int, data: bytes) -> None:
         self.memory.check_write(address, len(data))

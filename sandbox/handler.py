@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from iced_x86 import EncodingKind
@@ -130,8 +131,7 @@ class FunctionHandler(Handler):
             raise ValueError(f"handler {self.name}: give a mnemonic, a form or a byte pattern")
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
-        function = self.function
-        return lambda: function(cpu, insn)
+        return partial(self.function, cpu, insn)
 
     def __call__(self, cpu: Cpu, insn: Insn) -> Verdict | None:
         return self.function(cpu, insn)

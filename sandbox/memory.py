@@ -78,6 +78,8 @@ class PhysicalMemory:
         self._starts: list[int] = []
         self.mmio_replies: dict[tuple[int, int], bytes] = {}
         self.mmio_writes: list[tuple[int, bytes]] = []
+        self.mmio_used = False
+        """Whether either of them holds something."""
         self.on_slot: list[Callable[[Slot], None]] = []
         """Called with each new slot: the engine maps it."""
         self.on_unslot: list[Callable[[Slot], None]] = []
@@ -218,6 +220,7 @@ class PhysicalMemory:
         found = self._device(address)
         if found is None:
             self.mmio_writes.append((address, data))
+            self.mmio_used = True
         else:
             value = int.from_bytes(data, "little")
             found.device.write(address - found.base, len(data), value)

@@ -228,7 +228,9 @@ class PagedMemory:
         spans = [
             (self._translate(part, access), n) for part, n in _page_parts(address, size)
         ]  # all translated first: a fault comes before any MMIO
-        self._remember(self._executable if access.fetch else self._readable, address, spans[0][0])
+        if spans:
+            cache = self._executable if access.fetch else self._readable
+            self._remember(cache, address, spans[0][0])
         return [self._physical.read(physical, n) for physical, n in spans]
 
     def check_write(self, address: int, size: int) -> None:
@@ -249,7 +251,7 @@ class PagedMemory:
         spans = [
             (self._translate(part, self._accesses[1]), n) for part, n in _page_parts(address, size)
         ]
-        if spans[0][0] >> 12 not in self._physical.code_pages:
+        if spans and spans[0][0] >> 12 not in self._physical.code_pages:
             self._remember(self._writable, address, spans[0][0])
         done = 0
         for physical, n in spans:

@@ -127,6 +127,8 @@ class Registers:
         """CR0 to CR4 as 64-bit items, if the engine can show them so: to be read only."""
         self.mxcsr_view: memoryview | None = None
         """MXCSR as one 32-bit item, if the engine can show it so: to be read only."""
+        self.images = tuple(v.cast("B") for v in (gpr, rip, vectors, self.opmask))
+        """The state that a transaction saves and restores, as bytes: at least this much."""
         self.xcr0 = 1
         self.pkru = 0
 

@@ -12,7 +12,7 @@ from typing import Any
 from sandbox.errors import SandboxError
 from sandbox.exits import EmulationFailure, Exit
 from sandbox.registers import GPR_NAMES, Registers
-from sandbox.vcpu import Stats
+from sandbox.stats import Stats
 
 REPORT_VERSION = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from sandbox.vcpu import Stats, TraceRecord
+from sandbox.stats import Stats, TraceRecord
 
 TOP = 12
 

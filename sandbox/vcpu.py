@@ -5,13 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sandbox import abi, events
+from sandbox import events
 from sandbox.cpu import ERROR_CODE_VECTORS, PF_, UD, Cpu, Fault
-from sandbox.decode import MAX_LENGTH, Insn
+from sandbox.decode import Insn
 from sandbox.engine.protocol import Engine, Stop
 from sandbox.errors import SandboxError
 from sandbox.exits import (
@@ -23,58 +21,16 @@ from sandbox.exits import (
     Mmio,
     RunPage,
     Shutdown,
-    emulation_failure_page,
 )
-from sandbox.fallback import Bound, HandlerTimeout, Tier, handler_error, timeout_error
-from sandbox.fetch import insn_fetch_size
-from sandbox.handler import Action, Decline, Inject, Resume, Verdict
+from sandbox.fallback import HandlerTimeout, handler_error, timeout_error
+from sandbox.handler import Decline, Inject, Resume, Verdict
 from sandbox.handler import Exit as ExitVerdict
-from sandbox.intercepts import Intercepts
-from sandbox.memory import PAGE_SIZE, MmioRead
-from sandbox.registers import CS
+from sandbox.memory import MmioRead
+from sandbox.mmio import MmioCompletion
 from sandbox.settings import Settings
+from sandbox.sites import EXIT_SPAN, Site, Sites
+from sandbox.stats import Stats, TraceRecord
 from sandbox.watchdog import WATCHDOG
-
-MMIO_BYTES = 8
-"""The most that one KVM_EXIT_MMIO carries."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """Where the time went. Seconds by ``time.perf_counter``."""
-
-    fast_seconds: float = 0.0
-    fallback_seconds: float = 0.0
-    fallback_count: int = 0
-    by_mnemonic: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class TraceRecord:
-    """One trapped instruction, for people: what it was, who took it, how long that took."""
-
-    rip: int
-    raw: bytes
-    text: str
-    reason: str
-    handler: str
-    seconds: float
-
-
-class _Site:
-    """A trapped instruction at an address, found once and looked at again only if it changed."""
-
-    __slots__ = ("at", "bound", "end", "generation", "host", "length", "page", "raw", "run")
-
-    def __init__(self, bound: Bound, page: bytes) -> None:
-        self.bound = bound
-        self.run: Action = bound.run
-        self.length = bound.insn.length
-        self.raw = bound.insn.raw
-        self.page = page
-        self.host: Any = b""
-        self.at = self.end = 0
-        self.generation = -1
 
 
 class Vcpu:
@@ -94,14 +50,9 @@ class Vcpu:
         self.deadline: float | None = None
         self.thread = 0
         self._settings = settings
-        self._intercepts = Intercepts(self.cpu, settings.ports)
-        self._kernel = Tier(self.cpu, settings.kernel)
-        self._emulator = Tier(self.cpu, settings.emulator)
-        self._tier = Tier(self.cpu, settings.handlers)
-        self._sites: dict[int, _Site] = {}
+        self._sites = Sites(self.cpu, engine, settings)
+        self._mmio = MmioCompletion(settings.memory, self.page)
         self._answer: Callable[[], Any] | None = None
-        self._mmio_queue: list[Mmio] = []
-        self._mmio_parts: list[bytes] = []
         self._pending_ud: int | None = None
         self._asked = False
 
@@ -128,7 +79,7 @@ class Vcpu:
             return self._deliver_exit(Intr())
         finally:
             WATCHDOG.remove(self)
-            self._count()
+            self.stats.by_mnemonic = self._sites.counts()
 
     def request_stop(self) -> None:
         """Make :meth:`run` return :class:`~sandbox.exits.Intr` soon; from any thread."""
@@ -142,17 +93,12 @@ class Vcpu:
         self.engine.stop()
 
     def instruction(self) -> Insn:
-        """The instruction at RIP (undefined if the bytes are none). May raise :class:`Fault`."""
-        data, _here, _fault = self._fetch(self.registers.rip)
-        bitness = self.cpu.bitness
-        return self._tier.decode(data, bitness) or Insn.undefined(data, bitness)
+        """The instruction at RIP, undefined if the bytes are none; may raise :class:`Fault`."""
+        return self._sites.instruction(self.registers.rip)
 
     def invalidate(self) -> None:
         """The policy or the handlers changed: forget what was bound."""
-        self._sites.clear()
-        self._kernel = Tier(self.cpu, self._settings.kernel, self._kernel.tallies)
-        self._emulator = Tier(self.cpu, self._settings.emulator, self._emulator.tallies)
-        self._tier = Tier(self.cpu, self._settings.handlers, self._tier.tallies)
+        self._sites.invalidate()
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -166,15 +112,21 @@ class Vcpu:
 
     def _run(self) -> Any:
         left = self._complete()
-        enter, clock, stats = self.engine.enter, time.perf_counter, self.stats
+        enter, trapped, insn = self.engine.enter, self._trapped, Stop.INSN
+        clock = time.perf_counter
+        fast = slow = 0.0
         start = clock()
-        while left is None:
-            stop = enter()
-            middle = clock()
-            stats.fast_seconds += middle - start
-            left = self._trapped() if stop is Stop.INSN else self._stopped(stop)
-            start = clock()
-            stats.fallback_seconds += start - middle
+        try:
+            while left is None:
+                stop = enter()
+                middle = clock()
+                fast += middle - start
+                left = trapped() if stop is insn else self._stopped(stop)
+                start = clock()
+                slow += start - middle
+        finally:
+            self.stats.fast_seconds += fast
+            self.stats.fallback_seconds += slow
         return left
 
     def _complete(self) -> Any:
@@ -182,8 +134,9 @@ class Vcpu:
         answer, self._answer = self._answer, None
         if answer is not None:
             return answer()
-        if self._mmio_queue:
-            return self._deliver_exit(self._mmio_queue.pop(0))
+        write = self._mmio.next_write()
+        if write is not None:
+            return self._deliver_exit(write)
         if self._pending_ud is not None:
             at, self._pending_ud = self._pending_ud, None
             if at == self.registers.rip:  # the caller did not move on: it gets the #UD
@@ -193,8 +146,9 @@ class Vcpu:
     def _trapped(self) -> Any:
         """Handle the instruction at RIP, and those after it as long as they are trapped too."""
         self.engine.sync()
-        rip_view, sites, engine = self.registers.rip_view, self._sites, self.engine
-        run_bytes = self.page.bytes
+        rip_view, sites, engine = self.registers.rip_view, self._sites.by_rip, self.engine
+        run_bytes, stats, memory = self.page.bytes, self.stats, self._settings.memory
+        plain = self.on_trap is None and self.max_exits is None
         while True:
             rip = rip_view[0]
             site = sites.get(rip)
@@ -204,66 +158,88 @@ class Vcpu:
                 or site.host[site.at : site.end] != site.raw
             ):
                 try:
-                    site = self._look(rip)
+                    site = self._sites.look(rip)
                 except Fault as fault:
                     return self._inject(fault)
                 except MmioRead:
                     return self._fetch_failure()
-            run_bytes[8:12] = _INTERNAL_ERROR
-            run_bytes[32 : 32 + len(site.page)] = site.page
-            self.stats.fallback_count += 1
-            left = self._step(site) if self.on_trap is None else self._traced_step(site, rip)
+            run_bytes[EXIT_SPAN] = site.page
+            stats.fallback_count += 1
+            if plain:
+                try:
+                    verdict = site.run()
+                except BaseException as error:  # noqa: BLE001 - sorted out, or raised again
+                    left = self._failed(site, error)
+                else:
+                    site.tally.count += 1
+                    if verdict is None and not memory.mmio_used:
+                        rip_view[0] = (rip_view[0] + site.length) & site.rip_mask
+                        left = None
+                    else:
+                        left = self._done(site, verdict)
+            else:
+                left = self._watched_step(site, rip)
             if left is not None:
                 return left
-            if rip_view[0] not in sites or self._asked:
+            if self._asked:
+                return self._deliver_exit(Intr())
+            if rip_view[0] not in sites:
                 return None
 
-    def _step(self, site: _Site) -> Any:
+    def _step(self, site: Site) -> Any:
         """Run one instruction in the tier; what :meth:`run` returns, or None to go on."""
         try:
             verdict = site.run()
-        except Fault as fault:
-            left = self._inject(fault)
-        except MmioRead as wanted:
-            left = self._mmio_read(wanted)
-        except (SandboxError, events.TripleFault):
-            raise
-        except Exception as error:
-            raise handler_error(site.bound.handlers, site.bound.insn, error) from error
-        except HandlerTimeout as error:
-            raise timeout_error(site.bound.handlers, site.bound.insn) from error
-        else:
-            site.bound.tally.count += 1
-            if verdict is None:
-                rip = self.registers.rip_view
-                rip[0] = (rip[0] + site.length) & site.bound.rip_mask
-                left = None
-            else:
-                left = self._verdict(site, verdict)
-            memory = self._settings.memory
-            if memory.mmio_replies or memory.mmio_writes:
-                left = self._mmio_done(left)
-        if left is None and self.max_exits is not None:
-            left = self._exits_left()
-        return left
+        except BaseException as error:  # noqa: BLE001 - sorted out, or raised again
+            return self._failed(site, error)
+        site.tally.count += 1
+        return self._done(site, verdict)
 
-    def _verdict(self, site: _Site, verdict: Verdict) -> Any:
+    def _done(self, site: Site, verdict: Verdict | None) -> Any:
+        """An instruction came to a verdict."""
+        if verdict is None:
+            self._advance(site)
+            left = None
+        else:
+            left = self._verdict(site, verdict)
+        return self._mmio_done(left) if self._settings.memory.mmio_used else left
+
+    def _failed(self, site: Site, error: BaseException) -> Any:
+        """An instruction raised: a fault of the guest, a wish of ours, or a bug of a handler."""
+        if isinstance(error, Fault):
+            return self._inject(error)
+        if isinstance(error, MmioRead):
+            return self._mmio_read(error)
+        handlers, insn = site.handlers, site.insn
+        if isinstance(error, HandlerTimeout):
+            raise timeout_error(handlers, insn) from error
+        if isinstance(error, (SandboxError, events.TripleFault)) or not isinstance(
+            error, Exception
+        ):
+            raise error
+        raise handler_error(handlers, insn, error) from error
+
+    def _advance(self, site: Site) -> None:
+        rip = self.registers.rip_view
+        rip[0] = (rip[0] + site.length) & site.rip_mask
+
+    def _verdict(self, site: Site, verdict: Verdict) -> Any:
         if isinstance(verdict, Resume):
             if verdict.rip is not None:
                 self.registers.rip = verdict.rip
             else:
-                self.registers.rip = (self.registers.rip + site.length) & site.bound.rip_mask
+                self._advance(site)
             return None
         if isinstance(verdict, Inject):
             return self._inject(Fault(verdict.vector, verdict.error_code))
         if isinstance(verdict, Decline):
             return self._unhandled(site)
-        return self._exit_verdict(site, verdict)
+        return self._exit_verdict(verdict)
 
-    def _exit_verdict(self, site: _Site, verdict: ExitVerdict) -> Any:
+    def _exit_verdict(self, verdict: ExitVerdict) -> Any:
         left = verdict.exit
         if left is None:
-            return self._failure(site)
+            return self._failure()
         if isinstance(left, Io) and left.is_in:
             self._answer = lambda: self._io_answer(left)
         return self._deliver_exit(left) if isinstance(left, Exit) else left
@@ -289,84 +265,31 @@ class Vcpu:
             return self._emulate()
         return self._fetch_failure()
 
-    # -- finding the instruction ----------------------------------------------------------------
-
-    def _fetch(self, rip: int) -> tuple[bytes, int, Fault | None]:
-        """Up to 15 bytes at RIP, how many of them are in RIP's page, the fault that cut them."""
-        bitness = self.cpu.bitness
-        linear = rip
-        if bitness != 64:
-            linear = (self.registers.bank.segment_base(CS) + rip) & 0xFFFF_FFFF
-        here = min(MAX_LENGTH, PAGE_SIZE - linear % PAGE_SIZE)
-        data = self.cpu.fetch(linear, here)
-        try:
-            with suppress(MmioRead):
-                data += self.cpu.fetch(linear + here, MAX_LENGTH - here)
-        except Fault as fault:
-            return data, here, fault
-        return data, here, None
-
-    def _look(self, rip: int) -> _Site:
-        """The site at RIP, new or looked at again. Raises the :class:`Fault` of a bad fetch."""
-        data, here, fault = self._fetch(rip)
-        bitness = self.cpu.bitness
-        insn = self._tier.decode(data, bitness)
-        if insn is None:
-            if fault is not None:
-                raise fault
-            insn = Insn.undefined(data, bitness)
-        site = self._sites.get(rip)
-        if site is None or site.raw != insn.raw or site.bound.insn.bitness != bitness:
-            size = insn_fetch_size(data, here, bitness)
-            site = _Site(self._bind(insn), emulation_failure_page(data[:size]))
-            self._sites[rip] = site
-        if insn.length <= here:
-            linear = rip
-            if bitness != 64:
-                linear = (self.registers.bank.segment_base(CS) + rip) & 0xFFFF_FFFF
-            slot, page = self.engine.memory.code_page(linear)
-            site.host, site.at = slot.host, page + linear % PAGE_SIZE
-            site.end = site.at + site.length
-            site.generation = self.engine.generation
-        return site
-
-    def _bind(self, insn: Insn) -> Bound:
-        """Who takes ``insn``: the user's handlers, or the machine if it intercepts it."""
-        bound = self._tier.bind(insn)
-        if bound.handlers or not self._settings.intercepted[insn.code] or not insn.code:
-            return bound
-        action = self._intercepts.bind(insn)
-        if action is None:
-            return self._kernel.bind(insn)
-        return replace(bound, run=action)
-
     # -- emulation failures -----------------------------------------------------------------------
 
-    def _unhandled(self, site: _Site) -> Any:
+    def _unhandled(self, site: Site) -> Any:
         """Nobody took the instruction: the capability's table, or the policy's word."""
         settings = self._settings
         if not settings.handlers.packs:
-            return self._raw_failure(site)
-        if settings.policy.unhandled == "skip" and site.bound.insn.code:
-            self.registers.rip = (self.registers.rip + site.length) & site.bound.rip_mask
+            return self._raw_failure()
+        if settings.policy.unhandled == "skip" and site.insn.code:
+            self._advance(site)
             return None
         if settings.policy.unhandled == "inject" and events.can_deliver(self.cpu):
             return self._inject(Fault(UD))
-        return self._failure(site)
+        return self._failure()
 
-    def _raw_failure(self, site: _Site) -> Any:
+    def _raw_failure(self) -> Any:
         """As the kernel without a handler tier: see the table of ``handle_emulation_failure``."""
         if self._settings.exit_on_emulation_failure:
-            return self._failure(site)
+            return self._failure()
         if self.cpu.cpl:
             return self._inject(Fault(UD))
         self._pending_ud = self.registers.rip
-        return self._failure(site)
+        return self._failure()
 
-    def _failure(self, site: _Site) -> Exit:
-        data, here, _fault = self._fetch(self.registers.rip)
-        size = insn_fetch_size(data, here, site.bound.insn.bitness)
-        return self._deliver_exit(EmulationFailure.of(data[:size]))
+    def _failure(self) -> Exit:
+        return self._deliver_exit(EmulationFailure.of(self._sites.fetched(self.registers.rip)))
 
     def _fetch_failure(self) -> Any:
         """RIP is in no slot: an emulation failure without bytes."""
@@ -396,80 +319,57 @@ class Vcpu:
         )
         return None
 
+    def _io_answer(self, left: Io) -> Any:
+        left.complete(self.page)
+        offset = self.page.run.io.data_offset
+        self._sites.intercepts.io_reply = bytes(self.page.bytes[offset : offset + left.size])
+        return self._trapped()
+
     # -- MMIO ---------------------------------------------------------------------------------
 
     def _emulate(self) -> Any:
         """The instruction at RIP touches memory that is in no slot: emulate it, as KVM does."""
-        rip = self.registers.rip
         try:
-            data, here, _fault = self._fetch(rip)
+            site = self._sites.look_mmio(self.registers.rip)
         except Fault as fault:
             return self._inject(fault)
-        insn = self._tier.decode(data, self.cpu.bitness)
-        if insn is None:
-            insn = Insn.undefined(data, self.cpu.bitness)
-        bound = self._emulator.bind(insn)
-        if not bound.handlers:
-            bound = self._bind(insn)
-        size = insn_fetch_size(data, here, insn.bitness)
-        return self._step(_Site(bound, emulation_failure_page(data[:size])))
+        except MmioRead:
+            return self._fetch_failure()
+        return self._step(site)
 
     def _mmio_read(self, wanted: MmioRead) -> Exit:
-        """Ask the caller for the next up to 8 bytes of a read."""
-        done = sum(map(len, self._mmio_parts))
-        size = min(MMIO_BYTES, wanted.size - done)
-        left = Mmio(wanted.address + done, size, False)
+        left = self._mmio.ask(wanted)
         self._answer = lambda: self._mmio_answer(left, wanted)
         return self._deliver_exit(left)
 
     def _mmio_answer(self, left: Mmio, wanted: MmioRead) -> Any:
-        left.complete(self.page)
-        self._mmio_parts.append(bytes(self.page.run.mmio.data)[: left.len])
-        whole = b"".join(self._mmio_parts)
-        if len(whole) < wanted.size:
+        if not self._mmio.answer(left, wanted):
             return self._mmio_read(wanted)
-        self._mmio_parts.clear()
-        self._settings.memory.mmio_replies[wanted.address, wanted.size] = whole
-        return self._trapped() if self.registers.rip in self._sites else self._emulate()
+        trapped = self.registers.rip in self._sites.by_rip
+        return self._trapped() if trapped else self._emulate()
 
     def _mmio_done(self, left: Any) -> Any:
-        """The instruction is through: its reads are answered, its writes become exits."""
-        memory = self._settings.memory
-        memory.mmio_replies.clear()
-        for address, data in memory.mmio_writes:
-            for at in range(0, len(data), MMIO_BYTES):
-                part = data[at : at + MMIO_BYTES]
-                self._mmio_queue.append(Mmio(address + at, len(part), True, part))
-        memory.mmio_writes.clear()
-        if left is None and self._mmio_queue:
-            return self._deliver_exit(self._mmio_queue.pop(0))
+        self._mmio.finish()
+        if left is None:
+            write = self._mmio.next_write()
+            return None if write is None else self._deliver_exit(write)
         return left
-
-    def _io_answer(self, left: Io) -> Any:
-        left.complete(self.page)
-        offset = self.page.run.io.data_offset
-        self._intercepts.io_reply = bytes(self.page.bytes[offset : offset + left.size])
-        return self._trapped()
 
     # -- for people -----------------------------------------------------------------------------
 
-    def _traced_step(self, site: _Site, rip: int) -> Any:
+    def _watched_step(self, site: Site, rip: int) -> Any:
+        """:meth:`_step` for a caller who counts or traces."""
         start = time.perf_counter()
         left = self._step(site)
-        seconds = time.perf_counter() - start
-        insn, handlers = site.bound.insn, site.bound.handlers
-        reason = "intercept" if self._settings.intercepted[insn.code] else "emulation_failure"
-        name = handlers[0].name if handlers else "-"
-        assert self.on_trap is not None
-        self.on_trap(TraceRecord(rip, insn.raw, insn.text(rip), reason, name, seconds))
+        if self.on_trap is not None:
+            self.on_trap(self._record(site, rip, time.perf_counter() - start))
+        if left is None and self.max_exits is not None:
+            return self._exits_left()
         return left
 
-    def _count(self) -> None:
-        """Bring ``stats.by_mnemonic`` up to date."""
-        for tier in (self._kernel, self._emulator, self._tier):
-            for name, tally in tier.tallies.items():
-                if tally.count:
-                    self.stats.by_mnemonic[name] = tally.count
-
-
-_INTERNAL_ERROR = abi.KVM_EXIT_INTERNAL_ERROR.to_bytes(4, "little")
+    def _record(self, site: Site, rip: int, seconds: float) -> TraceRecord:
+        insn, handlers = site.insn, site.handlers
+        intercepted = self._settings.intercepted[insn.code] and insn.code
+        reason = "intercept" if intercepted else "emulation_failure"
+        name = handlers[0].name if handlers else "-"
+        return TraceRecord(rip, insn.raw, insn.text(rip), reason, name, seconds)

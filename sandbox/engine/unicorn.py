@@ -41,7 +41,7 @@ from sandbox.engine.unicorn_library import (
     library,
     x86,
 )
-from sandbox.engine.unicorn_state import CR0_PG, HF_CPL, HF_CS32, HF_CS64, HF_LMA, UnicornBank
+from sandbox.engine.unicorn_state import CR0_PG, UnicornBank
 from sandbox.errors import EngineError
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.paging import PagedMemory, Walker
@@ -68,8 +68,6 @@ NEVER_RUN = frozenset(
 
 FIRST_FLUSHES = 10
 FLUSH_SECONDS = 0.2
-
-_VIEW = HF_CPL | HF_CS32 | HF_CS64 | HF_LMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +103,10 @@ class UnicornEngine:
         self._applied: _Patch | None = None
         self._exception = -1
         self._failure: BaseException | None = None
-        self._view = 0
-        self._cr3 = self._cs_base = 0
+        self._control = self._bank.control_view
+        self._controlled = b""
+        self._untrusted = False
+        """Whether the guest runs under page tables that it may change without our knowing."""
         self._instruction = Instruction()
         self._flushes = 0
         self._next_flush = 0.0
@@ -139,10 +139,34 @@ class UnicornEngine:
             self._library.check(error, "uc_hook_add")
 
     def _prepare_start(self) -> None:
-        """Arguments made once: converting them would cost more than the call."""
-        self._pc = ctypes.c_uint64()
+        """Arguments made once: converting them would cost more than the call.
+
+        The address to start at is RIP itself, passed from where Unicorn keeps it.
+        """
         self._start = self._library.free.uc_emu_start
-        self._start_rest = (ctypes.c_uint64(0), ctypes.c_uint64(0), ctypes.c_size_t(0))
+        self._start_arguments = (
+            self._handle,
+            self._bank.rip_argument,
+            ctypes.c_uint64(0),
+            ctypes.c_uint64(0),
+            ctypes.c_size_t(0),
+        )
+        self.enter = self._make_enter()
+
+    def _make_enter(self) -> Callable[[], Stop]:
+        start, classify, insn = self._start, self._classify, Stop.INSN
+        handle, rip, until, timeout, count = self._start_arguments
+
+        def enter() -> Stop:
+            while True:
+                error = start(handle, rip, until, timeout, count)
+                if error == UC_ERR_INSN_INVALID and self._applied is None:
+                    return insn
+                stop = classify(error)
+                if stop is not None:
+                    return stop
+
+        return enter
 
     def _first_blocks(self) -> None:
         """Run two blocks of our own, and see that blocks are reported from then on.
@@ -160,10 +184,10 @@ class UnicornEngine:
             call.uc_mem_map_ptr(self._handle, *where, UC_PROT_ALL, ctypes.c_void_p(aligned)),
             "uc_mem_map_ptr",
         )
-        self._pc.value = page
         for _round in range(2):
             self._reported.clear()
-            check(self._start(self._handle, self._pc, *self._start_rest), "uc_emu_start")
+            self.registers.rip = page
+            check(self._start(*self._start_arguments), "uc_emu_start")
             self._library.flush_blocks(self._handle)
         if self._reported != [page, page + 2]:
             raise EngineError("this build of Unicorn does not report the blocks it translates")
@@ -190,18 +214,6 @@ class UnicornEngine:
         self._flush()
 
     # -- running ------------------------------------------------------------------------------
-
-    def enter(self) -> Stop:
-        """Run from RIP until there is something to do outside."""
-        pc, rip = self._pc, self.registers.rip_view
-        while True:
-            pc.value = rip[0]
-            error = self._start(self._handle, pc, *self._start_rest)
-            if error == UC_ERR_INSN_INVALID and self._applied is None:
-                return Stop.INSN
-            stop = self._classify(error)
-            if stop is not None:
-                return stop
 
     def _classify(self, error: int) -> Stop | None:
         """What a stop other than the plain trap means; None: go on."""
@@ -255,16 +267,10 @@ class UnicornEngine:
             self._bank.flush_tlb()
 
     def sync(self) -> None:
-        words, quads = self._bank.words, self._bank.quads
-        view, cr3 = words[self._bank.hflags_index] & _VIEW, quads[self._bank.cr_index + 3]
-        cs_base = quads[self._bank.cs_base_index]
-        if (
-            view != self._view
-            or cr3 != self._cr3
-            or cs_base != self._cs_base
-            or (cr3 != self.trusted_root and quads[self._bank.cr_index] & CR0_PG)
-        ):
-            self._view, self._cr3, self._cs_base = view, cr3, cs_base
+        if self._untrusted or bytes(self._control) != self._controlled:
+            self._controlled = bytes(self._control)
+            quads, cr = self._bank.quads, self._bank.cr_index
+            self._untrusted = quads[cr] & CR0_PG != 0 and quads[cr + 3] != self.trusted_root
             self._flush()
 
     def _flush(self) -> None:

@@ -13,6 +13,7 @@ import ctypes
 import os
 import random
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -276,7 +277,13 @@ def _discover() -> Layout:
 
 @lru_cache(maxsize=1)
 def layout() -> Layout:
-    """The layout of the installed Unicorn, discovered at the first call (a few ms)."""
+    """The layout of the installed Unicorn, discovered at the first call (a few ms).
+
+    A random value may by chance stand in two places; that does not happen twice.
+    """
+    for _attempt in range(2):
+        with suppress(EngineError):
+            return _discover()
     return _discover()
 
 

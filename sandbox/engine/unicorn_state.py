@@ -83,6 +83,10 @@ class UnicornBank:
         self.error_code_index = found.error_code // 4
         self.old_exception_index = found.old_exception // 4
         self.cs_base_index = (found.segments + SEGMENT_BYTES + 8) // 8
+        self.rip_argument = ctypes.c_uint64.from_address(base + found.rip)
+        """RIP as an argument of a C function, in place."""
+        self.control_view = self._bytes[found.hflags : found.cr + 5 * 8]
+        """hflags, segment caches and control registers: what translations and modes hang on."""
         self._layout = found
         self.cr_index = found.cr // 8
         self._handle = handle
@@ -112,6 +116,8 @@ class UnicornBank:
             self,
         )
         registers.controls = self.quads[self.cr_index : self.cr_index + 5]
+        end = vectors + VECTOR_COUNT * VECTOR_BYTES
+        registers.images = (self._bytes[:end], registers.opmask.cast("B"))
         registers.mxcsr_view = self.words[found.mxcsr // 4 : found.mxcsr // 4 + 1]
         return registers
 

@@ -1,0 +1,27 @@
+"""What a run tells about itself: totals, and a record per trapped instruction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Stats:
+    """Where the time went. Seconds by ``time.perf_counter``."""
+
+    fast_seconds: float = 0.0
+    fallback_seconds: float = 0.0
+    fallback_count: int = 0
+    by_mnemonic: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRecord:
+    """One trapped instruction, for people: what it was, who took it, how long that took."""
+
+    rip: int
+    raw: bytes
+    text: str
+    reason: str
+    handler: str
+    seconds: float
