@@ -16,16 +16,19 @@ import numpy as np
 
 from handlers import softfloat as soft
 from handlers.fenv import Reference, bind_mxcsr
-from handlers.float_forms import FORMATS, by_ufunc, family, items, normal_range
+from handlers.float_forms import (
+    FORMATS,
+    SHORT_WAY,
+    SHORT_WAY_BITS,
+    by_ufunc,
+    family,
+    items,
+    normal_range,
+)
 from handlers.float_forms import PACKED as _PACKED
 from handlers.float_forms import SCALAR as _SCALAR
 from handlers.operands import Form, Lanes, Step
-from handlers.softfloat import MASKS, PE
 from handlers.vector import Operation, Plan
-
-_LOOKED_AT = MASKS | PE | 0x6000
-_PLAIN = MASKS | PE
-"""What MXCSR is, among the bits looked at, where the short way may be taken."""
 
 
 def _short_binary(compute: Callable[[float, float], float], full: Plan) -> Plan:
@@ -35,7 +38,7 @@ def _short_binary(compute: Callable[[float, float], float], full: Plan) -> Plan:
         read, take_full_way = bind_mxcsr(form.cpu), full(form, a, b, out)
 
         def step() -> None:
-            if read() & _LOOKED_AT == _PLAIN:
+            if read() & SHORT_WAY_BITS == SHORT_WAY:
                 x, y = left[0], right[0]
                 if (low <= abs(x) <= high or x == 0) and low <= abs(y) <= high:
                     z = compute(x, y)
@@ -57,7 +60,7 @@ def _short_root(full: Plan) -> Plan:
 
         def step() -> None:
             x = source[0]
-            if low <= x <= high and read() & _LOOKED_AT == _PLAIN:
+            if low <= x <= high and read() & SHORT_WAY_BITS == SHORT_WAY:
                 target[0] = math.sqrt(x)
             else:
                 take_full_way()

@@ -19,7 +19,14 @@ import numpy as np
 from handlers import float_forms
 from handlers import softfloat as soft
 from handlers.fenv import Exact, bind_exact, bind_mxcsr, bits_of, bracket, collect, is_available
-from handlers.float_forms import FORMATS, family, items
+from handlers.float_forms import (
+    FORMATS,
+    SHORT_WAY,
+    SHORT_WAY_BITS,
+    family,
+    items,
+    normal_range,
+)
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import DAZ, FTZ, MASKS, Format
 from handlers.vector import Plan
@@ -36,13 +43,23 @@ class _Double(ctypes.c_double):
 _C_TYPES: dict[int, tuple[str, type[Any]]] = {4: ("fmaf", _Single), 8: ("fma", _Double)}
 
 
-def _bind_lanes(x: Lanes, y: Lanes, z: Lanes, out: memoryview) -> Step:
-    """A step that puts ``fma(x, y, z)`` of all lanes into ``out``, a buffer of its own."""
-    size = x.itemsize
+def _library_function(size: int) -> Any:
     name, c_type = _C_TYPES[size]
     function: Any = getattr(ctypes.PyDLL("libm.so.6"), name)
     function.restype = c_type
-    xs, ys, zs = ([c_type.from_buffer(v, i * size) for i in range(len(v))] for v in (x, y, z))
+    return function
+
+
+def _arguments(lanes: Lanes) -> list[Any]:
+    """The lanes as arguments for the library, which see what the lanes hold at the call."""
+    size = lanes.itemsize
+    return [_C_TYPES[size][1].from_buffer(lanes, i * size) for i in range(len(lanes))]
+
+
+def _bind_lanes(x: Lanes, y: Lanes, z: Lanes, out: memoryview) -> Step:
+    """A step that puts ``fma(x, y, z)`` of all lanes into ``out``, a buffer of its own."""
+    function = _library_function(x.itemsize)
+    xs, ys, zs = _arguments(x), _arguments(y), _arguments(z)
     join = b"".join
 
     def compute() -> None:
@@ -107,9 +124,45 @@ def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan
             elif flags & ~mxcsr:
                 write("mxcsr", mxcsr | flags)
 
+        if len(out) == 1:
+            return _short_way(form, (x, y, z), (flip_x, flip_z), out, step)
         return step
 
     return plan
+
+
+def _short_way(
+    form: Form,
+    operands: tuple[Lanes, Lanes, Lanes],
+    flips: tuple[Step, Step],
+    out: Lanes,
+    take_full_way: Step,
+) -> Step:
+    """One lane where no flag can change, as in :mod:`handlers.float_arithmetic`."""
+    low, high = normal_range(FORMATS[out.itemsize])
+    function = _library_function(out.itemsize)
+    (x_argument,), (y_argument,), (z_argument,) = map(_arguments, operands)
+    x_items, y_items, z_items = map(items, operands)
+    read, target = bind_mxcsr(form.cpu), items(out)
+    flip_x, flip_z = flips
+
+    def step() -> None:
+        if read() & SHORT_WAY_BITS == SHORT_WAY:
+            flip_x()
+            flip_z()
+            z = z_items[0]
+            if (
+                low <= abs(x_items[0]) <= high
+                and low <= abs(y_items[0]) <= high
+                and (low <= abs(z) <= high or z == 0)
+            ):
+                result = function(x_argument, y_argument, z_argument).value
+                if low <= abs(result) <= high:
+                    target[0] = result
+                    return
+        take_full_way()
+
+    return step
 
 
 def _bind_nan_search(lanes: Lanes) -> Callable[[], object]:
@@ -137,8 +190,17 @@ def _negated(lanes: Lanes, signs: Sequence[int]) -> tuple[Lanes, Step]:
     if not any(signs):
         return lanes, _nothing
     copy = np.zeros_like(lanes)
+    if len(lanes) == 1:
+        return copy, _bind_scalar_negation(items(lanes), items(copy))
     mask = np.array([FORMATS[lanes.itemsize].sign * s for s in signs], bits_of(lanes).dtype)
     return copy, partial(np.bitwise_xor, bits_of(lanes), mask, bits_of(copy))
+
+
+def _bind_scalar_negation(source: Any, copy: Any) -> Step:
+    def negate() -> None:
+        copy[0] = -source[0]
+
+    return negate
 
 
 def _bind_integers(
