@@ -187,7 +187,7 @@ def load_descriptor_part(cpu: Cpu, insn: Insn) -> None:
         _set_zf(cpu, False)
         return
     segment, high = found
-    word_operand(cpu, insn, 0).write(high & 0x00FF_FF00 if rights else segment.limit)
+    word_operand(cpu, insn, 0).write(high & 0x00F0_FF00 if rights else segment.limit)
     _set_zf(cpu, True)
 
 
