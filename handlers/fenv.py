@@ -25,6 +25,7 @@ from handlers.operands import Lanes, Step
 from handlers.softfloat import (
     FLAGS,
     MASKS,
+    UM,
     Format,
     Result,
     committed,
@@ -162,11 +163,29 @@ def bind_float(
     read, write = bind_mxcsr(cpu), cpu.registers.bank.write
     if run is None:
         return lambda: careful(read())
+    buffer: Any = out
+    raw = memoryview(buffer).cast("B")
+
+    def unless_trapped(mxcsr: int) -> None:
+        """With exceptions that are not masked: try, and take it back if one was raised."""
+        if not mxcsr & UM:  # then even an exact result underflows
+            careful(mxcsr)
+            return
+        saved = bytes(raw)
+        flags = run(mxcsr)
+        if unmasked(flags, mxcsr):
+            raw[:] = saved
+            careful(mxcsr)
+            return
+        if finish is not None:
+            finish()
+        if flags & ~mxcsr:
+            write("mxcsr", mxcsr | flags)
 
     def step() -> None:
         mxcsr = read()
         if mxcsr & MASKS != MASKS:
-            careful(mxcsr)
+            unless_trapped(mxcsr)
             return
         flags = run(mxcsr)
         if finish is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from handlers.fenv import Reference, bind_float, each_lane
 from handlers.operands import Form, Lanes, Step
-from handlers.softfloat import F16, F32, F64, MASKS, PE, Format
+from handlers.softfloat import F16, F32, F64, PE, PM, Format
 from handlers.vector import Extent, Operation, Plan, planned
 
 FORMATS: dict[int, Format] = {2: F16, 4: F32, 8: F64}
@@ -18,10 +18,10 @@ PACKED = (("ps", "f4", Extent.LANEWISE), ("pd", "f8", Extent.LANEWISE))
 SCALAR = (("ss", "f4", Extent.SCALAR), ("sd", "f8", Extent.SCALAR))
 """Suffix of the mnemonic, lane type, extent."""
 
-SHORT_WAY_BITS = MASKS | PE | 0x6000
-SHORT_WAY = MASKS | PE
-"""What MXCSR is, among the bits looked at, where a scalar operation on normal numbers with a
-normal result changes no flag and rounds to nearest, as the host does."""
+SHORT_WAY = PM | PE
+SHORT_WAY_BITS = SHORT_WAY | 0x6000
+"""Where MXCSR, under the second, is the first, a scalar operation on normal numbers with a normal
+result changes no flag, does not trap and rounds to nearest, as the host does."""
 
 
 def family(

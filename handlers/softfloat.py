@@ -20,7 +20,7 @@ from math import isqrt
 IE, DE, ZE, OE, UE, PE = 1, 2, 4, 8, 0x10, 0x20
 FLAGS = 0x3F
 DAZ, FTZ = 0x40, 0x8000
-UM, OM = 0x800, 0x400
+PM, UM, OM = 0x1000, 0x800, 0x400
 MASKS = 0x1F80
 RNE, RDOWN, RUP, RZERO = range(4)
 """Rounding control, as in MXCSR[14:13] and in the immediates of ROUNDPS and VCVTPS2PH."""
