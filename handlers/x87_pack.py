@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from handlers import x87_integer, x87_remainder
+from handlers import x87_angle, x87_integer, x87_logarithm, x87_remainder
 from sandbox.handler import Pack
 
-PACK = Pack.of("x87", x87_integer.HANDLERS, x87_remainder.HANDLERS)
+PACK = Pack.of(
+    "x87",
+    x87_integer.HANDLERS,
+    x87_remainder.HANDLERS,
+    x87_logarithm.HANDLERS,
+    x87_angle.HANDLERS,
+)
