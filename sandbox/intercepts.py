@@ -31,7 +31,9 @@ MNEMONICS = frozenset(
 
 
 def _moves_control_register(code: int) -> bool:
-    return FORM_NAMES[code].startswith(("Mov_cr_", "Mov_dr_"))
+    return FORM_NAMES[code].startswith(
+        ("MOV_CR_", "MOV_DR_", "MOV_R32_CR", "MOV_R64_CR", "MOV_R32_DR", "MOV_R64_DR")
+    )
 
 
 def intercepted_forms() -> bytes:

@@ -48,6 +48,7 @@ class Layout:
     state: int
     gpr: int
     rip: int
+    rflags: int
     hflags: int
     segments: int
     cr: int
@@ -183,41 +184,71 @@ def _find_efer(probe: _Prober) -> int:
     return places.pop()
 
 
-def _find_exception(probe: _Prober) -> tuple[int, int]:
+class _Guest:
+    """Runs scraps of code that end in an exception."""
+
+    ADDRESS = 0x1000
+
+    def __init__(self, probe: _Prober) -> None:
+        self._probe = probe
+        self._page = ctypes.create_string_buffer(2 * PAGE_SIZE)
+        self._at = (ctypes.addressof(self._page) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+        call, check, handle = probe.lib.call, probe.lib.check, probe.handle
+        where = ctypes.c_uint64(self.ADDRESS), ctypes.c_size_t(PAGE_SIZE)
+        error = call.uc_mem_map_ptr(handle, *where, UC_PROT_ALL, ctypes.c_void_p(self._at))
+        check(error, "uc_mem_map_ptr")
+        self._stop = InterruptCallback(lambda *_: call.uc_emu_stop(handle))
+        everywhere = ctypes.c_uint64(1), ctypes.c_uint64(0)
+        hook = ctypes.c_size_t()
+        error = call.uc_hook_add(
+            handle, ctypes.byref(hook), UC_HOOK_INTR, self._stop, None, *everywhere
+        )
+        check(error, "uc_hook_add")
+
+    def run(self, code: str) -> tuple[int, ...]:
+        """The state after ``code`` (hex), as signed 32-bit words."""
+        probe = self._probe
+        data = bytes.fromhex(code)
+        ctypes.memmove(self._at, data, len(data))
+        probe.lib.remove_cache(probe.handle, self.ADDRESS, self.ADDRESS + 16)
+        zero = ctypes.c_uint64(0)
+        error = probe.lib.free.uc_emu_start(
+            probe.handle, ctypes.c_uint64(self.ADDRESS), zero, zero, ctypes.c_size_t(0)
+        )
+        probe.lib.check(error, "uc_emu_start")
+        return struct.unpack(f"<{STATE_BYTES // 4}i", probe.state())
+
+
+def _find_rflags(probe: _Prober, guest: _Guest, at: int, old_exception: int) -> int:
+    """RFLAGS: right when the guest has stopped, and taken in when it starts again.
+
+    It is expected at offset ``at``; what three guests leave there shows that it is.
+    """
+
+    def after(code: str) -> int:
+        ctypes.c_int32.from_address(probe.state_at + old_exception).value = -1
+        return guest.run(code)[at // 4]
+
+    zero = after("31c9 f7f1")  # xor ecx, ecx; div ecx
+    carry = after("31c9 f9 fd f7f1")  # xor ecx, ecx; stc; std; div ecx
+    ctypes.c_uint64.from_address(probe.state_at + at).value = 0x403
+    kept = after("b900000000 f7f1")  # mov ecx, 0; div ecx: flags as they were written
+    if (zero, carry, kept) != (0x46, 0x447, 0x403):
+        raise _unsupported("RFLAGS")
+    return at
+
+
+def _find_exception(probe: _Prober, guest: _Guest) -> tuple[int, int]:
     """Offsets of ``error_code`` and ``old_exception``, by guests that fault in known ways.
 
     A selector beyond the GDT's limit is a #GP with the selector as its error code.
     """
-    lib, handle = probe.lib, probe.handle
-    code_at = 0x1000
-    page = ctypes.create_string_buffer(2 * PAGE_SIZE)
-    aligned = (ctypes.addressof(page) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
-    size = ctypes.c_size_t(PAGE_SIZE)
-    start = ctypes.c_uint64(code_at)
-    error = lib.call.uc_mem_map_ptr(handle, start, size, UC_PROT_ALL, ctypes.c_void_p(aligned))
-    lib.check(error, "uc_mem_map_ptr")
-    stop = InterruptCallback(lambda *_: lib.call.uc_emu_stop(handle))
-    hook = ctypes.c_size_t()
-    error = lib.call.uc_hook_add(
-        handle, ctypes.byref(hook), UC_HOOK_INTR, stop, None, ctypes.c_uint64(1), ctypes.c_uint64(0)
-    )
-    lib.check(error, "uc_hook_add")
-    gdt = struct.pack("<HxxxxxxQIIxxxxxxxx", 0, 0, 7, 0)
-    probe.write(x86.UC_X86_REG_GDTR, gdt)
-    zero = ctypes.c_uint64(0)
-
-    def fault(code: str) -> tuple[int, ...]:
-        ctypes.memmove(aligned, bytes.fromhex(code), len(code) // 2)
-        lib.remove_cache(handle, code_at, code_at + 16)
-        lib.check(
-            lib.free.uc_emu_start(handle, start, zero, zero, ctypes.c_size_t(0)), "uc_emu_start"
-        )
-        return struct.unpack(f"<{STATE_BYTES // 4}i", probe.state())
+    probe.write(x86.UC_X86_REG_GDTR, struct.pack("<HxxxxxxQIIxxxxxxxx", 0, 0, 7, 0))
 
     def bad_selector(selector: int) -> tuple[int, ...]:
-        return fault(f"66b8{selector.to_bytes(2, 'little').hex()}8ed8")  # mov ax, n; mov ds, ax
+        return guest.run(f"66b8{selector.to_bytes(2, 'little').hex()}8ed8")  # mov ax; mov ds, ax
 
-    divide = fault("31c9f7f1")  # xor ecx, ecx; div ecx
+    divide = guest.run("31c9 f7f1")
     double = bad_selector(0x1250)  # #GP while #DE is still in flight: #DF
     pairs = enumerate(zip(divide, double, strict=True))
     in_flight = [i for i, pair in pairs if pair == (0, 8)]
@@ -230,7 +261,6 @@ def _find_exception(probe: _Prober) -> tuple[int, int]:
         codes &= {i for i, value in enumerate(bad_selector(selector)) if value == selector}
     if len(codes) != 1:
         raise _unsupported("the error code")
-    lib.call.uc_hook_del(handle, hook)
     return 4 * codes.pop(), old
 
 
@@ -266,11 +296,13 @@ def _discover() -> Layout:
         vectors = _find_vectors(probe)
         efer = _find_efer(probe)
         probe.write(x86.UC_X86_REG_CR3, bytes(8))
-        error_code, old_exception = _find_exception(probe)
+        guest = _Guest(probe)
+        error_code, old_exception = _find_exception(probe, guest)
+        rflags = _find_rflags(probe, guest, rip + 8, old_exception)
     finally:
         probe.close()
     return Layout(
-        cpu, state, 0, rip, segments - 8, segments, cr2 - 16, dr0, mxcsr, vectors, efer,
+        cpu, state, 0, rip, rflags, segments - 8, segments, cr2 - 16, dr0, mxcsr, vectors, efer,
         error_code, old_exception,
     )  # fmt: skip
 

@@ -47,7 +47,6 @@ _MSRS = {
 
 # name -> (Unicorn's register number, size in bytes)
 _API: dict[str, tuple[int, int]] = {
-    "rflags": (x86.UC_X86_REG_EFLAGS, 4),
     "mxcsr": (x86.UC_X86_REG_MXCSR, 4),
     "fpcw": (x86.UC_X86_REG_FPCW, 2),
     "fpsw": (x86.UC_X86_REG_FPSW, 2),
@@ -99,6 +98,9 @@ class UnicornBank:
         """Called after a write of CR0, CR3, CR4 or EFER: translations may have changed."""
         self._direct = {f"cr{n}": self.cr_index + n for n in (0, 2, 3, 4)}
         self._direct["efer"] = found.efer // 8
+        # Unicorn brings it up to date when it stops and takes it in when it starts. Its API would
+        # mix in what it has computed lazily before, so it is never used for this register.
+        self._rflags = self._direct["rflags"] = found.rflags // 8
         for name, index in (("fs_base", 4), ("gs_base", 5)):
             self._direct[name] = (found.segments + index * SEGMENT_BYTES + 8) // 8
         self._bases = tuple(
@@ -154,7 +156,9 @@ class UnicornBank:
         raise KeyError(name)
 
     def write(self, name: str, value: int) -> None:
-        if name in _API:
+        if name == "rflags":
+            self.quads[self._rflags] = value & 0xFFFF_FFFF | 2
+        elif name in _API:
             number, size = _API[name]
             self._buffer_bytes[:size] = value.to_bytes(size, "little")
             self._call.uc_reg_write(self._handle, number, self._buffer)
