@@ -149,6 +149,7 @@ class Vcpu:
         rip_view, sites, engine = self.registers.rip_view, self._sites.by_rip, self.engine
         run_bytes, stats, memory = self.page.bytes, self.stats, self._settings.memory
         plain = self.on_trap is None and self.max_exits is None
+        first = True
         while True:
             rip = rip_view[0]
             site = sites.get(rip)
@@ -157,6 +158,8 @@ class Vcpu:
                 or site.generation != engine.generation
                 or site.host[site.at : site.end] != site.raw
             ):
+                if not first:
+                    return None  # other bytes, perhaps allowed ones: the engine decides
                 try:
                     site = self._sites.look(rip)
                 except Fault as fault:
@@ -185,6 +188,7 @@ class Vcpu:
                 return self._deliver_exit(Intr())
             if rip_view[0] not in sites:
                 return None
+            first = False
 
     def _step(self, site: Site) -> Any:
         """Run one instruction in the tier; what :meth:`run` returns, or None to go on."""
