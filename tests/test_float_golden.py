@@ -1,8 +1,8 @@
 """Floating-point handlers against answers recorded from a CPU, for hosts that cannot be asked.
 
 ``python -m tests.test_float_golden`` records them anew (AMD Zen 4 when this was written). A line
-is: instruction, MXCSR and XMM1-3 before (RAX is the low half of XMM3); RAX, RFLAGS, MXCSR, XMM1 after, and
-the vector of the exception or a dash; all hexadecimal.
+is: instruction, MXCSR and XMM1-3 before (RAX is the low half of XMM3); RAX, RFLAGS, MXCSR, XMM1
+after, and the vector of the exception or a dash; all hexadecimal.
 """
 
 from __future__ import annotations
