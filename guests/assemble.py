@@ -164,8 +164,7 @@ def _keystone(text: str, address: int, bitness: int) -> bytes | str:
         import keystone
     except ImportError as error:
         raise GuestImageError(
-            f"keystone-engine cannot be imported ({error}); "
-            "pip install 'keystone-engine>=0.9.2' 'setuptools<81'"
+            f"keystone-engine cannot be imported ({error}); pip install 'keystone-engine>=0.9.2'"
         ) from error
     modes = {16: keystone.KS_MODE_16, 32: keystone.KS_MODE_32, 64: keystone.KS_MODE_64}
     try:
