@@ -1,7 +1,8 @@
 """The pack ``avx2``: what x86-64-v3 adds, by family of operation, with the SSE twins of all forms.
 
 AVX, AVX2, AES, PCLMULQDQ, VAES, VPCLMULQDQ, FMA, F16C, BMI1, BMI2, LZCNT, MOVBE, and FISTTP, for
-without all of SSE3 CPUID does not offer AVX.
+without all of SSE3 CPUID does not offer AVX. And what later came to registers of 256 bits: GFNI,
+SHA, SHA512, SM3, SM4, AVX-VNNI and its INT8 and INT16, AVX-IFMA, AVX-NE-CONVERT.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from handlers import (
     arithmetic,
     compare,
     crypto,
+    dot_product,
     extend,
     float_approximate,
     float_arithmetic,
@@ -18,14 +20,18 @@ from handlers import (
     float_convert,
     float_fma,
     float_horizontal,
+    float_no_exceptions,
     float_round,
+    galois,
     gather,
     integer_pack,
     logic,
     masked,
     move,
+    sha,
     shift,
     shuffle,
+    sm,
     strings,
     x87_store,
 )
@@ -50,6 +56,10 @@ PACK = Pack.of(
     gather,
     strings,
     crypto,
+    galois,
+    sha,
+    sm,
+    dot_product,
     float_approximate,
     float_arithmetic,
     float_compare,
@@ -57,6 +67,7 @@ PACK = Pack.of(
     float_convert,
     float_fma,
     float_horizontal,
+    float_no_exceptions,
     float_round,
     GENERAL,
     x87_store,

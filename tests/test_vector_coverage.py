@@ -6,7 +6,8 @@ from handlers.avx2 import GENERAL, PACK
 from sandbox.encodings import features_of
 from tests.vector_forms import unhandled, vex_forms
 
-FEATURES = "AVX AVX2 AES PCLMULQDQ VAES VPCLMULQDQ FMA F16C BMI1 BMI2".split()
+FEATURES = """AVX AVX2 AES PCLMULQDQ VAES VPCLMULQDQ FMA F16C BMI1 BMI2 GFNI SHA512 SM3 SM4 AVX_VNNI
+    AVX_VNNI_INT8 AVX_VNNI_INT16 AVX_IFMA AVX_NE_CONVERT""".split()
 
 
 def test_no_vex_form_of_the_features_is_without_a_handler() -> None:
