@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from guests.assemble import assemble
-from sandbox.boot import Mode
-from sandbox.registers import RAX, RBX, RCX
+from sandbox.boot import Machine, Mode
+from sandbox.paging import AddressSpace, FrameAllocator
+from sandbox.registers import RAX, RBX, RCX, RDI, RSP
 from tests.guest import BASE, BITNESS, MODES, Recorder, machine, policy, run_to_hlt
 
 REGISTERS = {
@@ -346,3 +347,156 @@ def test_undecodable_bytes_are_an_emulation_failure_at_their_address(raw: str) -
         assert found.vcpu.registers.rip == BASE + 2
     assert left.insn_size == 15
     assert left.bytes.startswith(bytes.fromhex(raw)[:15])
+
+
+def own_tables(found: Machine, *, at: int = 0x10_0000) -> AddressSpace:
+    """Page tables in the guest's own RAM, mapped there: the first 2 MiB, all rights."""
+    space = AddressSpace(
+        found.vm.memory, FrameAllocator(found.vm.memory, at, 0x10_0000), lambda: None
+    )
+    space.map(0, 0, 0x20_0000, write=True, execute=True)
+    space.map(0x8000_0000 - 0x1000, 0x8000_0000 - 0x1000, 0x2000, write=True, execute=False)
+    return space
+
+
+def entry_of(found: Machine, space: AddressSpace, page: int) -> int:
+    """Where the page-table entry of a linear page lies."""
+    table = space.root
+    for shift in (39, 30, 21):
+        where = table + (page >> shift & 511) * 8
+        table = int.from_bytes(found.vm.memory.read(where, 8), "little") & 0xF_FFFF_FFFF_F000
+    return table + (page >> 12 & 511) * 8
+
+
+def test_code_replaced_by_the_host_while_its_page_was_not_executable() -> None:
+    """As a JIT compiler's read() into a page that ran before and will run again."""
+    main = """
+    again:
+        mov eax, 0x5000
+        call rax
+        mov edx, 0xf4
+        out dx, al
+        jmp again
+    """
+    recorder = Recorder("bswap")
+    with machine(main, policy=policy("bswap"), handlers=[recorder.pack]) as found:
+        vcpu, memory, space = found.vcpu, found.vm.memory, found.space
+        assert space is not None
+        space.map(0x5000, 0x20000, 0x1000, write=True, execute=True)
+        memory.load(0x20000, assemble("xor eax, eax\n ret"))
+        vcpu.run(10)
+        space.protect(0x5000, 0x1000, write=True, execute=False)
+        memory.load(0x20000, assemble("bswap eax\n ret"))
+        space.protect(0x5000, 0x1000, write=False, execute=True)
+        vcpu.run(10)
+    assert recorder.rips == [0x5000]
+
+
+def test_a_frame_reused_at_the_same_address_runs_its_new_code() -> None:
+    """Unmapped, given back, zeroed, filled with other code and mapped again where it was."""
+    main = "again:\n mov eax, 0x5000\n call rax\n mov edx, 0xf4\n out dx, al\n jmp again"
+    with machine(main) as found:
+        vcpu, memory, space = found.vcpu, found.vm.memory, found.space
+        assert space is not None
+        for value in (1, 2, 3):
+            memory.load(0x20000, assemble(f"mov al, {value}\n ret"))
+            space.map(0x5000, 0x20000, 0x1000, write=False, execute=True)
+            assert vcpu.run(10).value == value
+            space.unmap(0x5000, 0x1000)
+
+
+OWN_TABLES = """
+    mov cr3, rax
+    mov eax, 0x5000
+    call rax
+    mov [rbx], rdi                          # another frame, and no INVLPG
+    AFTER
+    mov ebp, 0x5100
+    mov eax, 1
+    call rbp
+    hlt
+"""
+
+
+@pytest.mark.parametrize(
+    "after", ["", "mov edx, 0x5000\n invlpg [rdx]", "mov rax, cr3\n mov cr3, rax"]
+)
+def test_a_stale_translation_cannot_hide_a_forbidden_instruction(after: str) -> None:
+    """The guest changes its page tables: the policy must judge the bytes that really run."""
+    recorder = Recorder("bswap")
+    with machine("hlt", policy=policy("bswap"), handlers=[recorder.pack]) as found:
+        memory, gpr = found.vm.memory, found.vcpu.registers.gpr
+        space = own_tables(found)
+        memory.load(0x20000, b"\xc3".ljust(0x100, b"\x90") + assemble("bswap eax\n ret"))
+        memory.load(0x21000, b"\xc3".ljust(0x100, b"\x90") + assemble("xor ecx, ecx\n ret"))
+        space.map(0x5000, 0x20000, 0x1000, write=True, execute=True)
+        entry = entry_of(found, space, 0x5000)
+        source = OWN_TABLES.replace("AFTER", after)
+        memory.load(BASE, assemble(source))
+        gpr[RAX], gpr[RBX], gpr[RDI], gpr[RCX] = space.root, entry, 0x21003, 7
+        run_to_hlt(found)
+        assert gpr[RAX] == 1, "a forbidden instruction ran"
+        if after:
+            assert (gpr[RCX], recorder.rips) == (0, [])
+
+
+@pytest.mark.parametrize("where", SELF_MODIFYING)
+def test_self_modifying_code_under_the_guests_own_page_tables(where: str) -> None:
+    recorder = Recorder("bswap")
+    code = "mov cr3, rax\n" + SELF_MODIFYING[where]
+    with machine(code, policy=policy("bswap"), handlers=[recorder.pack]) as found:
+        found.vcpu.registers.gpr[RAX] = own_tables(found).root
+        run_to_hlt(found)
+    assert len(recorder.rips) == 4
+
+
+@pytest.mark.parametrize(
+    ("mode", "raw"),
+    [
+        ("long", "66f30f58c1"),  # addss; Unicorn: addpd
+        ("long", "f30f58c1".replace("f3", "f366")),
+        ("long", "f3f20f58c1"),
+        ("long", "f2f30fb8c1"),
+        ("long", "66c3"),
+        ("long", "66e803101010"),
+        ("long", "660f8403101010"),
+        ("long", "66ffd0"),
+        ("long", "66ff6310"),
+        ("long", "4866c3"),
+        ("protected", "66f30f58c1"),
+        ("protected", "f3f20f58c1"),
+        ("real", "66f30f58c1"),
+        ("real", "f2f3a6"),
+    ],
+)
+def test_an_encoding_that_unicorn_reads_otherwise_is_not_left_to_it(mode: Mode, raw: str) -> None:
+    code = bytes.fromhex(raw)
+    with machine(code.ljust(32, b"\xf4"), mode, policy="everything") as found:
+        left = found.vcpu.run(10)
+        assert found.vcpu.registers.rip == BASE
+    assert left.bytes.startswith(code)
+
+
+@pytest.mark.parametrize(
+    ("mode", "raw"),
+    [
+        ("long", "66f30fb8c1"),  # popcnt ax, cx
+        ("long", "66f20f38f1c1"),  # crc32 eax, cx
+        ("long", "66f3ab"),  # rep stosw
+        ("long", "6648e800000000"),  # the call of general-dynamic TLS
+        ("long", "f3c3"),
+        ("protected", "66e80000"),
+        ("real", "66e800000000"),
+        ("long", "f30f1efa"),
+        ("long", "662e0f1f840000000000"),
+    ],
+)
+def test_usual_encodings_with_prefixes_stay_on_the_fast_path(mode: Mode, raw: str) -> None:
+    with machine(bytes.fromhex(raw).ljust(32, b"\xf4"), mode, policy="everything") as found:
+        found.vcpu.registers.gpr[RCX] = 0
+        found.vcpu.registers.gpr[RDI] = 0x4000
+        if raw == "f3c3":
+            found.vcpu.registers.gpr[RSP] -= 8
+            found.vm.memory.load(found.vcpu.registers.gpr[RSP], (BASE + 16).to_bytes(8, "little"))
+        run_to_hlt(found)
+        assert found.vcpu.stats.fallback_count == 1, "only HLT"

@@ -21,6 +21,7 @@ from iced_x86 import Code, Decoder, Instruction
 
 from sandbox.cpu import Fault
 from sandbox.decode import Insn, decode
+from sandbox.engine.misread import MISREAD
 from sandbox.engine.protocol import Stop
 from sandbox.engine.unicorn_library import (
     UC_ERR_FETCH_PROT,
@@ -76,6 +77,8 @@ class _Patch:
 
     block: int
     linear: int
+    count: int
+    """Instructions in the block, the trap included."""
     spans: tuple[tuple[Slot, int, bytes, bytes], ...]
     """(slot, offset, the guest's bytes, the trap's bytes)"""
 
@@ -107,6 +110,10 @@ class UnicornEngine:
         self._controlled = b""
         self._untrusted = False
         """Whether the guest runs under page tables that it may change without our knowing."""
+        self._stale: tuple[int, int] | None = None
+        """Block (address, size) that Unicorn may have translated through an old TLB entry."""
+        self._fresh = self._stepped = -1
+        """Address of the block that is about to be, or was last, translated from a flushed TLB."""
         self._instruction = Instruction()
         self._flushes = 0
         self._next_flush = 0.0
@@ -230,6 +237,9 @@ class UnicornEngine:
         if self._patch is not None:
             self._apply()
             return None
+        if self._stale is not None:
+            self._refresh()
+            return None
         if error in _MMIO_ERRORS:
             return Stop.MMIO
         if error in _FETCH_ERRORS:
@@ -319,15 +329,43 @@ class UnicornEngine:
             applied = self._applied
             if applied is not None:
                 self._restore()
-                if applied.block == block.pc:
-                    return
-            self._patch = self._check_block(block.pc, block.size, block.icount)
+            if applied is not None and applied.block == block.pc:
+                self._patch = self._check_trapped(applied, block.size, block.icount)
+            elif self._may_be_stale(block.pc, block.icount):
+                self._stale = block.pc, block.size
+            else:
+                self._patch = self._check_block(block.pc, block.size, block.icount)
         except BaseException as error:  # noqa: BLE001 - ctypes would swallow it; enter() raises it
             self._failure = error
-        if self._patch is not None or self._failure is not None:
+        if (self._patch, self._stale, self._failure) != (None, None, None):
             self._library.free.uc_emu_stop(self._handle)
 
     # -- the allowlist ----------------------------------------------------------------------------
+
+    def _may_be_stale(self, start: int, count: int) -> bool:
+        """Whether Unicorn may have fetched a new block from elsewhere than page tables say now.
+
+        A guest that changes its own page tables without flushing the TLB runs on from the old
+        page, as on hardware; we read the new one and would check bytes that do not run. So each
+        new block of such a guest is translated a second time, from a flushed TLB. A store into its
+        own block is excepted: Unicorn then translates that instruction alone, once, to run it.
+        """
+        self.sync()
+        if not self._untrusted:
+            return False
+        fresh, self._fresh = self._fresh, -1
+        if start == fresh:
+            self._stepped = start
+            return False
+        return count != 1 or start != self._stepped
+
+    def _refresh(self) -> None:
+        assert self._stale is not None
+        (start, size), self._stale = self._stale, None
+        if self._library.remove_cache(self._handle, start, start + size) != UC_ERR_OK:
+            self._library.flush_blocks(self._handle)
+        self._bank.flush_tlb()
+        self._fresh = start
 
     def _check_block(self, start: int, size: int, count: int) -> _Patch | None:
         """Decode a new block; the patch that its first trapped instruction needs, if any."""
@@ -336,20 +374,30 @@ class UnicornEngine:
         code = self._code(start, size, bitness)
         decoder = Decoder(bitness, code, ip=start)
         traps, asked, instruction = self._traps, self._traps_insn, self._instruction
+        misread = MISREAD[bitness].match
         at = last = seen = 0
         while at < size:
             decoder.decode_out(instruction)
-            if traps[instruction.code]:
-                return self._make_patch(start, start + at)
+            seen += 1
+            if traps[instruction.code] or misread(code, at):
+                return self._make_patch(start, start + at, seen)
             last = at
             at = decoder.position
             if asked is not None and asked(decode(code[last:at], bitness)):
-                return self._make_patch(start, start + last)
-            seen += 1
+                return self._make_patch(start, start + last, seen)
         if at == size and seen == count:
             return None
         # Unicorn and our decoder disagree. If only about the last instruction, trap that one.
-        return self._make_patch(start, start + (last if seen == count else 0))
+        if seen == count:
+            return self._make_patch(start, start + last, seen)
+        return self._make_patch(start, start, 1)
+
+    def _check_trapped(self, patch: _Patch, size: int, count: int) -> _Patch | None:
+        """A block that ends in a trap: none, unless Unicorn went another way to its end."""
+        trap = patch.spans[0][3]
+        if patch.block + size == patch.linear + len(trap) and count == patch.count:
+            return None
+        return self._make_patch(patch.block, patch.block, 1)
 
     def _code(self, start: int, size: int, bitness: int) -> bytes:
         """The block's bytes, and up to 15 more for the instruction that Unicorn cut short."""
@@ -378,7 +426,7 @@ class UnicornEngine:
             self.system_memory.flush_writable()
         runs_at.add(linear)
 
-    def _make_patch(self, block: int, linear: int) -> _Patch:
+    def _make_patch(self, block: int, linear: int, count: int) -> _Patch:
         if self._bank.bitness == 64:
             trap = _INVALID_64
         elif linear % PAGE_SIZE == PAGE_SIZE - 1:
@@ -388,7 +436,7 @@ class UnicornEngine:
         slot, page = self.memory.code_page(linear)
         at = page + linear % PAGE_SIZE
         original = slot.host[at : at + len(trap)]
-        return _Patch(block, linear, ((slot, at, original, trap),))
+        return _Patch(block, linear, count, ((slot, at, original, trap),))
 
     def _apply(self) -> None:
         patch = self._applied = self._patch
@@ -413,8 +461,18 @@ class UnicornEngine:
             for linear in self._physical.code_pages.get(page, ()):
                 base = linear << 12
                 first, last = base + physical % PAGE_SIZE, base + (stop - 1) % PAGE_SIZE + 1
-                if self._library.remove_cache(self._handle, first, last) != UC_ERR_OK:
+                here = self._fetches_from(base, page)
+                if not here or self._library.remove_cache(self._handle, first, last) != UC_ERR_OK:
                     self._library.flush_blocks(self._handle)
             physical = stop
         if self._bank.quads[self._bank.cr_index + 3] != self.trusted_root:
             self._library.flush_blocks(self._handle)  # the linear addresses may be stale
+
+    def _fetches_from(self, linear: int, physical: int) -> bool:
+        """Whether code at a linear address comes from a physical page now: else Unicorn, which
+        translates the address, would not find the blocks of that page."""
+        try:
+            slot, page = self.memory.code_page(linear)
+        except (Fault, MmioRead):
+            return False
+        return (slot.base + page) >> 12 == physical
