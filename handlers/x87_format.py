@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from handlers.softfloat import OE, PE, RDOWN, RNE, RUP, UE
+from handlers.softfloat import OE, PE, RDOWN, RNE, RUP, UE, Format
 
 BIAS = 0x3FFF
 SIGN = 1 << 79
@@ -146,3 +146,53 @@ def _overflow(negative: bool, rounding: int, precision: int) -> Rounded:
     largest = INFINITY - (1 << 64) | SIGNIFICAND ^ ((1 << 64 - precision) - 1)
     magnitude = INFINITY if to_infinity else largest
     return Rounded(SIGN | magnitude if negative else magnitude, OE | PE, to_infinity)
+
+
+# Single and double precision in memory
+
+
+def extend(f: Format, bits: int) -> tuple[int, bool]:
+    """The register that a number in memory is, and whether it is a denormal there."""
+    magnitude = bits & f.magnitude
+    fraction, exponent = magnitude & f.min_normal - 1, magnitude >> f.precision - 1
+    sign = SIGN if bits & f.sign else 0
+    if not magnitude:
+        return sign, False
+    if magnitude >= f.infinity:
+        return sign | INFINITY | fraction << 64 - f.precision, False
+    if exponent:
+        significand = INTEGER_BIT | fraction << 64 - f.precision
+        return sign | exponent - f.bias + BIAS << 64 | significand, False
+    return sign | pack(False, fraction, f.lowest), True
+
+
+def round_memory(f: Format, a: int, control: int) -> Rounded:
+    """Round a finite register other than zero to the format of a number in memory.
+
+    Overflow and underflow give what is stored if they are masked; UE is raised for every tiny
+    result if it is not.
+    """
+    negative, rounding = a & SIGN != 0, control >> 10 & 3
+    sign = f.sign if negative else 0
+    m, e = split(a)
+    drop = m.bit_length() - f.precision
+    q, inexact, up = shift_right(m, drop, negative, rounding)
+    if e + drop + q.bit_length() - 1 < 1 - f.bias:
+        exact_tiny = 0 if control & UE else UE
+        q, inexact, up = shift_right(m, f.lowest - e, negative, rounding)
+        return Rounded(sign | q, UE | PE if inexact else exact_tiny, up)
+    magnitude = (e + drop - f.lowest << f.precision - 1) + q
+    if magnitude < f.infinity:
+        return Rounded(sign | magnitude, PE if inexact else 0, up)
+    to_infinity = rounding == RNE or rounding == (RDOWN if negative else RUP)
+    return Rounded(sign | f.infinity - (not to_infinity), OE | PE, to_infinity)
+
+
+def shrink(f: Format, a: int) -> int:
+    """A zero, an infinity or a NaN in the format of a number in memory; a NaN becomes quiet."""
+    sign = f.sign if a & SIGN else 0
+    if not a & MAGNITUDE:
+        return sign
+    if a & MAGNITUDE == INFINITY:
+        return sign | f.infinity
+    return sign | f.infinity | f.quiet | (a & INTEGER_BIT - 1) >> 64 - f.precision

@@ -61,6 +61,8 @@ class Fpu:
         self.cw = self.sw = self.tags = 0
         self._before = (0, 0)
         self._reports = 0
+        self.denormal_source = False
+        """The operand in memory is a denormal there, though no register that it fills is."""
 
     @classmethod
     def of(cls, cpu: Cpu) -> Fpu:
@@ -81,6 +83,7 @@ class Fpu:
         self.sw, self.cw, self.tags = self.read("fpsw"), self.read("fpcw"), self.read("fptag")
         self._before = (self.sw, self.tags)
         self._reports = cr0 & _NE
+        self.denormal_source = False
 
     def begin_waiting(self) -> None:
         """As :meth:`begin_control`, and #MF if an exception is pending."""
@@ -161,6 +164,7 @@ class Fpu:
 
     def underflow(self) -> None:
         """A register that should hold an operand is empty."""
+        self.sw &= ~C1
         self.signal(IE | SF)
 
     def check_room(self) -> bool:
@@ -194,7 +198,7 @@ class Fpu:
 
     def denormals(self, *operands: int) -> None:
         """Raise DE if an operand is a denormal."""
-        if any(kind_of(a) is Kind.DENORMAL for a in operands):
+        if self.denormal_source or any(kind_of(a) is Kind.DENORMAL for a in operands):
             self.signal(DE)
 
 

@@ -66,9 +66,9 @@ def full_tags(state: State, empty: int) -> int:
 
 
 def states(
-    insn: Insn, count: int, *, masks: bool = True, seed: int = 0, faults: bool = True
+    insn: Insn, count: int, *, masked: int = 0, seed: int = 0, faults: bool = True
 ) -> list[State]:
-    """Random states of the x87 unit and of the memory operand."""
+    """Random states of the x87 unit and of the memory operand; ``masked`` exceptions always are."""
     cases = Cases(insn, seed, faults)
     rng = random.Random(f"{insn.raw.hex()} x87 {seed}")
     found = cases.take(count)
@@ -77,8 +77,8 @@ def states(
         if rng.random() < 0.1:
             state.st[1] = state.st[0] ^ (rng.getrandbits(1) << 79)
         state.fpcw = 0x7F | rng.choice((0, 2, 3)) << 8 | rng.randrange(4) << 10
-        if masks and rng.random() < 0.4:
-            state.fpcw &= ~rng.getrandbits(6) | 0x40
+        if rng.random() < 0.4:
+            state.fpcw &= ~rng.getrandbits(6) | 0x40 | masked
         state.fpsw = rng.randrange(8) << 11 | rng.choice(
             (0, 0, 0x4700, C1, rng.getrandbits(3) << 8)
         )
