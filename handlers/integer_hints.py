@@ -29,6 +29,8 @@ class Hint(Handler):
         *("lfence", "mfence", "sfence", "serialize", "cldemote"),
         *("prefetch", "prefetchw", "prefetchwt1", "prefetchnta"),
         *("prefetcht0", "prefetcht1", "prefetcht2", "prefetchit0", "prefetchit1"),
+        *("rdsspd", "rdsspq"),  # no operation where there is no shadow stack
+        "xabort",  # as there never is a transaction
     )
     restartable = True
 
@@ -52,11 +54,34 @@ class CacheLine(Handler):
         return action
 
 
+class TraceWrite(Handler):
+    """PTWRITE while nothing is traced: the operand is read, and that is all."""
+
+    name = f"{__name__}.ptwrite"
+    mnemonics = ("ptwrite",)
+    restartable = True
+
+    def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
+        source = bind_operand(cpu, insn, 0)
+        if source is None:
+            return None
+        read = source.read
+
+        def action() -> None:
+            read()
+
+        return action
+
+
 class Undefined(Handler):
-    """UD0, UD1, UD2: #UD by definition."""
+    """UD0, UD1, UD2: #UD by definition; the shadow stack's instructions while CR4.CET is 0."""
 
     name = f"{__name__}.ud"
-    mnemonics = ("ud0", "ud1", "ud2")
+    mnemonics = (
+        *("ud0", "ud1", "ud2"),
+        *("incsspd", "incsspq", "saveprevssp", "rstorssp", "setssbsy", "clrssbsy"),
+        *("wrssd", "wrssq", "wrussd", "wrussq"),
+    )
     restartable = True
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
@@ -90,4 +115,4 @@ class Bound(Handler):
         return action
 
 
-HANDLERS = [Hint(), CacheLine(), Undefined(), Bound()]
+HANDLERS = [Hint(), CacheLine(), TraceWrite(), Undefined(), Bound()]

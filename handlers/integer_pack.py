@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from handlers import (
     integer_arithmetic,
+    integer_atomic,
     integer_bits,
     integer_branch,
     integer_condition,
     integer_decimal,
+    integer_direct,
     integer_exchange,
     integer_flags,
     integer_hints,
@@ -20,6 +22,8 @@ from handlers import (
     integer_shift,
     integer_stack,
     integer_string,
+    integer_transaction,
+    integer_wait,
 )
 from sandbox.handler import Pack
 
@@ -39,4 +43,8 @@ PACK = Pack.of(
     integer_stack.HANDLERS,
     integer_branch.HANDLERS,
     integer_string.HANDLERS,
+    integer_atomic.HANDLERS,
+    integer_direct.HANDLERS,
+    integer_transaction.HANDLERS,
+    integer_wait.HANDLERS,
 )
