@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
-from iced_x86 import InstructionInfoFactory, Register, RegisterExt, RegisterInfo, RflagsBits
+from iced_x86 import InstructionInfoFactory, OpKind, Register, RegisterExt, RegisterInfo, RflagsBits
 
 from sandbox.cases import Cases, linear_address
 from sandbox.cpu import DB, PF_, Fault
@@ -43,6 +43,10 @@ class Outcome:
 
     state: State
     fault: Fault | None = None
+
+
+Reconcile: TypeAlias = Callable[["Insn", State, Result, Outcome], tuple[Outcome, list[str]]]
+"""From (insn, state before, native, outcome) to the outcome without known gaps, and their names."""
 
 
 class Subject(Protocol):
@@ -81,9 +85,19 @@ def not_comparable(form: str) -> str | None:
 
 
 def is_undefined(insn: Insn, state: State) -> bool:
-    """Whether what happens is up to the CPU for this state: 16-bit SHLD and SHRD by more than 16,
-    MASKMOVDQU with an empty mask (which may or may not fault), LDMXCSR of a bit that one maker
-    has (17, AMD's misaligned exception mask) and the other reserves."""
+    """Whether what happens is up to the CPU for this state.
+
+    16-bit SHLD and SHRD by more than 16; BSF and BSR of 0; MASKMOVDQU and MASKMOVQ with an empty
+    mask (which may or may not fault); LDMXCSR of a bit that one maker has (17, AMD's misaligned
+    exception mask) and the other reserves; SHA with a misaligned memory operand (#GP by the SDM,
+    AMD's do not mind).
+    """
+    if insn.mnemonic in ("bsf", "bsr"):
+        return _source_is_zero(insn, state)
+    if insn.mnemonic == "maskmovq":
+        number = RegisterInfo(insn.iced.op2_register).number
+        mask_bits = state.st[number - (state.fpsw >> 11) & 7]
+        return not mask_bits & 0x8080_8080_8080_8080
     if insn.mnemonic in ("shld", "shrd") and "RM16" in insn.form:
         count = state.gpr[RCX] if insn.form.endswith("CL") else insn.iced.immediate8
         return count & 31 > 16
@@ -95,7 +109,20 @@ def is_undefined(insn: Insn, state: State) -> bool:
         at = (linear_address(insn, used, state) or 0) - REGION
         value = int.from_bytes(state.memory[at : at + 4], "little") if at >= 0 else 0
         return value >> 16 == 2
+    if insn.mnemonic.startswith("sha") and "SHA" in insn.features:
+        memory = InstructionInfoFactory().info(insn.iced).used_memory()
+        return any((linear_address(insn, used, state) or 0) & 15 for used in memory)
     return False
+
+
+def _source_is_zero(insn: Insn, state: State) -> bool:
+    size = RegisterInfo(insn.iced.op0_register).size
+    if insn.iced.op1_kind == OpKind.REGISTER:
+        source = RegisterInfo(insn.iced.op1_register)
+        return not state.gpr[source.number] & (1 << 8 * size) - 1
+    (used,) = InstructionInfoFactory().info(insn.iced).used_memory()
+    at = (linear_address(insn, used, state) or 0) - REGION
+    return 0 <= at < len(state.memory) and not any(state.memory[at : at + size])
 
 
 @lru_cache(maxsize=4096)
@@ -265,6 +292,10 @@ class Verdict:
     seconds: float = 0.0
     declined: set[str] = field(default_factory=set)
     """Encodings of the form that the subject does not emulate, as hex."""
+    gaps: dict[str, int] = field(default_factory=dict)
+    """How often a known gap explained a difference, by its name."""
+    example: tuple[Insn, State] | None = None
+    """The first case that differed."""
 
 
 def check(
@@ -273,21 +304,36 @@ def check(
     states: Sequence[State],
     flags: int | None = None,
     verdict: Verdict | None = None,
+    reconcile: Reconcile | None = None,
 ) -> Verdict:
-    """Run one instruction on all states, natively and by the subject; add up in ``verdict``."""
+    """Run one instruction on all states, natively and by the subject; add up in ``verdict``.
+
+    ``reconcile`` is asked about outcomes that differ: what it explains in full is a gap.
+    """
     verdict = verdict or Verdict(insn.form)
     mask = defined_flags(insn) if flags is None else flags
     states = [state for state in states if not is_undefined(insn, state)]
     results = NativeCpu.shared().run_batch([(insn.raw, state) for state in states])
     for state, native in zip(states, results, strict=True):
         try:
-            found = difference(insn, native, subject.run(insn, state), mask)
+            outcome = subject.run(insn, state)
+            found = difference(insn, native, outcome, mask)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             found = f"the subject raised {type(error).__name__}: {error}"
+        else:
+            if found and reconcile is not None:
+                outcome, gaps = reconcile(insn, state, native, outcome)
+                if gaps:
+                    found = difference(insn, native, outcome, mask)
+                if not found:
+                    for gap in gaps:
+                        verdict.gaps[gap] = verdict.gaps.get(gap, 0) + 1
         verdict.cases += 1
         if found:
             verdict.differences += 1
-            verdict.first = verdict.first or f"{found}\n{describe(insn, state)}"
+            if verdict.example is None:
+                verdict.example = insn, state
+                verdict.first = f"{found}\n{describe(insn, state)}"
     return verdict
 
 
@@ -298,8 +344,13 @@ def sweep(
     seed: int = 0,
     faults: bool = True,
     mxcsr: Sequence[int] | None = None,
+    reconcile: Reconcile | None = None,
+    enough: int | None = None,
 ) -> Iterator[Verdict]:
-    """A verdict for each form: all its :func:`~sandbox.encodings.encodings` on random states."""
+    """A verdict for each form: all its :func:`~sandbox.encodings.encodings` on random states.
+
+    A form is given up after ``enough`` differences.
+    """
     for code in forms:
         verdict = Verdict(FORM_NAMES[code])
         started = time.perf_counter()
@@ -316,7 +367,9 @@ def sweep(
                 verdict.declined.add(insn.raw.hex())
                 continue
             states = Cases(insn, seed, faults, mxcsr).take(cases)
-            check(subject, insn, states, verdict=verdict)
+            check(subject, insn, states, verdict=verdict, reconcile=reconcile)
+            if enough is not None and verdict.differences >= enough:
+                break
         verdict.seconds = time.perf_counter() - started
         yield verdict
 

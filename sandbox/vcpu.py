@@ -23,6 +23,7 @@ from sandbox.exits import (
     Shutdown,
 )
 from sandbox.fallback import HandlerTimeout, handler_error, timeout_error
+from sandbox.fault_details import corrected
 from sandbox.handler import Decline, Inject, Resume, Verdict
 from sandbox.handler import Exit as ExitVerdict
 from sandbox.memory import MmioRead
@@ -53,6 +54,7 @@ class Vcpu:
         self._sites = Sites(self.cpu, engine, settings)
         self._mmio = MmioCompletion(settings.memory, self.page)
         self._answer: Callable[[], Any] | None = None
+        self._answer_rip = 0
         self._pending_ud: int | None = None
         self._asked = False
 
@@ -133,7 +135,9 @@ class Vcpu:
         """Finish what the last exit left open; an exit if that leads to the next one at once."""
         answer, self._answer = self._answer, None
         if answer is not None:
-            return answer()
+            if self._answer_rip == self.registers.rip:
+                return answer()
+            self._mmio.abandon()  # the caller went elsewhere: nobody waits for the answer
         write = self._mmio.next_write()
         if write is not None:
             return self._deliver_exit(write)
@@ -245,8 +249,12 @@ class Vcpu:
         if left is None:
             return self._failure()
         if isinstance(left, Io) and left.is_in:
-            self._answer = lambda: self._io_answer(left)
+            self._await(lambda: self._io_answer(left))
         return self._deliver_exit(left) if isinstance(left, Exit) else left
+
+    def _await(self, answer: Callable[[], Any]) -> None:
+        """Call ``answer`` at the next entry, if RIP is still where it is now."""
+        self._answer, self._answer_rip = answer, self.registers.rip
 
     def _exits_left(self) -> Any:
         assert self.max_exits is not None
@@ -264,10 +272,17 @@ class Vcpu:
             engine = self.engine
             address = self.registers.bank.read("cr2") if engine.vector == PF_ else None
             code = engine.error_code if engine.vector in ERROR_CODE_VECTORS else None
-            return self._inject(Fault(engine.vector, code, address))
+            return self._inject(self._corrected(Fault(engine.vector, code, address)))
         if stop is Stop.MMIO:
             return self._emulate()
         return self._fetch_failure()
+
+    def _corrected(self, fault: Fault) -> Fault:
+        """What the fast path raised, with the details that a processor reports."""
+        try:
+            return corrected(self.cpu, self.instruction(), fault)
+        except (Fault, MmioRead):  # the fetch itself faulted
+            return fault
 
     # -- emulation failures -----------------------------------------------------------------------
 
@@ -343,7 +358,7 @@ class Vcpu:
 
     def _mmio_read(self, wanted: MmioRead) -> Exit:
         left = self._mmio.ask(wanted)
-        self._answer = lambda: self._mmio_answer(left, wanted)
+        self._await(lambda: self._mmio_answer(left, wanted))
         return self._deliver_exit(left)
 
     def _mmio_answer(self, left: Mmio, wanted: MmioRead) -> Any:

@@ -1,0 +1,130 @@
+"""The child process of :mod:`sandbox.campaign`: compares the forms it is asked for.
+
+A process of its own, since a form may crash Unicorn. Requests and answers are lines of JSON on
+stdin and stdout; the first line in says which handler packs to take.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sandbox.cases import Cases
+from sandbox.conformance import Subject, Verdict, check, not_comparable
+from sandbox.decode import FORM_NAMES, Insn
+from sandbox.encodings import encodings
+from sandbox.gaps import has_memory_operand, reconcile
+from sandbox.golden import Record, make_record, reduced
+from sandbox.native import NativeCpu, missing_features
+from sandbox.subjects import FastPath, HandlerTier, Stage
+
+LAZY_MXCSR = (0x1F80, 0x3F80, 0x5F80, 0x7F80, 0x1FBF)
+"""What the fast path is asked to do right: all exceptions masked, no FTZ, no DAZ; every rounding
+mode, flags set before."""
+ENOUGH = 64
+"""Differences after which a form is given up."""
+
+
+@dataclass(slots=True)
+class Finding:
+    """What the comparison of one form found, for operands in registers or in memory."""
+
+    form: str
+    tier: str
+    operands: str
+    cases: int = 0
+    differences: int = 0
+    gaps: dict[str, int] = field(default_factory=dict)
+    skipped: str = ""
+    declined: int = 0
+    """Encodings that no handler takes."""
+    first: str = ""
+    record: Record | None = None
+    """The first case that differed, with the hardware's answer."""
+
+
+def compare_form(
+    subject: Subject, tier: str, code: int, cases: int, seed: int, seconds: float = 20.0
+) -> Iterator[Finding]:
+    """A finding for each kind of operands that the form has, or one that says why it is skipped."""
+    name = FORM_NAMES[code]
+    reason = not_comparable(name)
+    if reason:
+        yield Finding(name, tier, "", skipped=reason)
+        return
+    try:
+        every = list(encodings(code))
+    except ValueError as error:  # branches, mostly
+        yield Finding(name, tier, "", skipped=str(error).split(": ")[-1])
+        return
+    findings: dict[str, Finding] = {}
+    stop = time.monotonic() + seconds
+    for insn in every:
+        operands = "memory" if has_memory_operand(insn) else "register"
+        finding = findings.setdefault(operands, Finding(name, tier, operands))
+        if finding.differences >= ENOUGH or time.monotonic() > stop:
+            continue
+        missing = missing_features(insn)
+        if missing:
+            finding.skipped = f"the host has no {', '.join(missing)}"
+        elif not subject.accepts(insn):
+            finding.declined += 1
+        else:
+            _compare(subject, tier, insn, finding, cases, seed)
+    yield from findings.values()
+
+
+def _compare(
+    subject: Subject, tier: str, insn: Insn, finding: Finding, cases: int, seed: int
+) -> None:
+    fast = tier == "fast"
+    mxcsr = LAZY_MXCSR if fast else None
+    states = Cases(insn, seed, True, mxcsr).take(cases)
+    verdict = Verdict(insn.form)
+    try:
+        check(subject, insn, states, verdict=verdict, reconcile=reconcile if fast else None)
+    except ValueError as error:  # control transfers and the like
+        finding.skipped = str(error).split(": ")[-1]
+        return
+    finding.cases += verdict.cases
+    finding.differences += verdict.differences
+    for gap, count in verdict.gaps.items():
+        finding.gaps[gap] = finding.gaps.get(gap, 0) + count
+    if verdict.example and not finding.first:
+        finding.first = verdict.first
+        finding.record = _record(subject, verdict)
+
+
+def _record(subject: Subject, verdict: Verdict) -> Record:
+    """The example, reduced to what matters if it still differs then."""
+    assert verdict.example is not None
+    insn, state = verdict.example
+    cpu = NativeCpu.shared()
+    for candidate in (reduced(insn, state), state):
+        again = check(subject, insn, [candidate], reconcile=reconcile)
+        if again.differences:
+            state = candidate
+            break
+    return make_record(insn, state, cpu.run(insn.raw, state))
+
+
+def main() -> None:
+    packs: list[str] = json.loads(sys.stdin.readline())
+    stage = Stage(packs)
+    subjects: dict[str, Subject] = {"fast": FastPath(stage), "handlers": HandlerTier(stage)}
+    for line in sys.stdin:
+        request: dict[str, Any] = json.loads(line)
+        tier = request["tier"]
+        found = compare_form(
+            subjects[tier], tier, request["code"], request["cases"], request["seed"]
+        )
+        sys.stdout.write(json.dumps([asdict(finding) for finding in found]) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

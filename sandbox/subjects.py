@@ -1,0 +1,188 @@
+"""What conformance compares with the host CPU: the fast path alone, and the handler tier alone.
+
+Both work on a real machine: a vCPU on Unicorn in long mode at CPL 3, with the test memory of
+:mod:`sandbox.native` under page tables of its own.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from sandbox.boot import USER_CODE_64, USER_DATA, Machine, enter_long_mode, make_space, reset
+from sandbox.conformance import Outcome
+from sandbox.cpu import ERROR_CODE_VECTORS, PF_, UD, Fault
+from sandbox.decode import Insn
+from sandbox.engine.protocol import Stop
+from sandbox.engine.unicorn import NEVER_RUN
+from sandbox.fallback import Bound, Tier
+from sandbox.fault_details import corrected
+from sandbox.handler import Decline, Inject, Pack
+from sandbox.memory import PAGE_SIZE
+from sandbox.native import CODE, DATA, READONLY, REGION, REGION_SIZE, State
+from sandbox.policy import Policy
+from sandbox.registers import Segment
+from sandbox.vm import Vm
+
+_END_MARK = b"\x06"  # no instruction in 64-bit mode: the engine stops there
+_XCR0 = 0xE7
+_GPRS = struct.Struct("<16Q")
+
+
+class Stage:
+    """A machine that takes a :class:`~sandbox.native.State` and gives one back."""
+
+    def __init__(self, handlers: Iterable[str | Path | Pack] = ()) -> None:
+        self.vm = Vm(Policy.load("nothing"), handlers)
+        self._memory = self.vm.add_memory(REGION, REGION_SIZE)
+        self.vm.add_memory(CODE, PAGE_SIZE)
+        machine = Machine(self.vm, reset(self.vm))
+        space = make_space(machine)
+        space.map(REGION, REGION, len(READONLY), write=False, execute=False)
+        space.map(DATA, DATA, REGION_SIZE - len(READONLY), write=True, execute=False)
+        space.map(CODE, CODE, PAGE_SIZE, write=False, execute=True)
+        enter_long_mode(machine, space)
+        self.engine, self.vcpu = self.vm.engine, machine.vcpu
+        self.bank = self.engine.bank
+        self.bank.write_segment("cs", USER_CODE_64)
+        self.bank.write_segment("ss", USER_DATA)
+        for name in ("ds", "es", "fs", "gs"):
+            self.bank.write_segment(name, Segment(0, 0, 0xFFFF_FFFF, dpl=3, db=1, g=1))
+        self.registers = self.vcpu.registers
+        self.registers.xcr0 = _XCR0
+        self._gpr = self.registers.gpr.cast("B")
+        self._opmask = self.registers.opmask.cast("B")
+        self._mxcsr = -1
+        self._x87 = True
+
+    def load(self, insn: Insn, state: State) -> None:
+        """Make the machine's state ``state``, about to run ``insn``."""
+        write = self.bank.write
+        self.registers.rip = CODE
+        _GPRS.pack_into(self._gpr, 0, *state.gpr)
+        struct.pack_into("<8Q", self._opmask, 0, *state.opmask)
+        self.registers.vec.raw[:] = state.vectors
+        self._memory.host[:] = state.memory
+        write("rflags", state.rflags)
+        if state.mxcsr != self._mxcsr:
+            write("mxcsr", state.mxcsr)
+        write("gs_base", state.gs_base)
+        self._x87 = uses_x87(insn)
+        if self._x87:
+            write("fpcw", state.fpcw)
+            write("fpsw", state.fpsw)
+            for number, value in enumerate(state.st):
+                write(f"st{number}", value)
+            write("fptag", state.fptag)
+
+    def store(self, before: State) -> State:
+        """The machine's state as it is; what an instruction without x87 cannot touch is left."""
+        read = self.bank.read
+        memory: bytes = self._memory.host[:]
+        self._mxcsr = read("mxcsr")
+        state = State(
+            gpr=list(_GPRS.unpack(self._gpr)),
+            rflags=read("rflags"),
+            mxcsr=self._mxcsr,
+            vectors=self.registers.vec.raw.tobytes(),
+            opmask=self.registers.opmask.tolist(),
+            st=before.st,
+            fpcw=before.fpcw,
+            fpsw=before.fpsw,
+            fptag=before.fptag,
+            gs_base=before.gs_base,
+            memory=before.memory if memory == before.memory else memory,
+        )
+        if self._x87:
+            state.st = [read(f"st{number}") for number in range(8)]
+            state.fpcw, state.fpsw, state.fptag = read("fpcw"), read("fpsw"), read("fptag")
+        return state
+
+
+def uses_x87(insn: Insn) -> bool:
+    """Whether the instruction may touch the x87 or MMX registers."""
+    return any(f.startswith(("FPU", "MMX", "D3NOW")) for f in insn.features) or "_MM" in insn.form
+
+
+class FastPath:
+    """Unicorn under a policy that allows one form, the instruction's own.
+
+    #UD stands for an instruction that Unicorn cannot run.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self._insn = b""
+        self._code = -1
+
+    def accepts(self, insn: Insn) -> bool:
+        return insn.code not in NEVER_RUN
+
+    def run(self, insn: Insn, state: State) -> Outcome:
+        stage, engine = self.stage, self.stage.engine
+        if insn.raw != self._insn:
+            self._put(insn)
+        stage.load(insn, state)
+        stop = engine.enter()
+        engine.sync()
+        return Outcome(stage.store(state), self._fault(insn, stop))
+
+    def _put(self, insn: Insn) -> None:
+        if insn.code != self._code:
+            traps = bytearray(b"\1" * len(self.stage.vm.settings.intercepted))
+            traps[insn.code] = 0
+            self.stage.engine.set_traps(bytes(traps))
+            self._code = insn.code
+        self.stage.vm.memory.load(CODE, insn.raw + _END_MARK)
+        self._insn = insn.raw
+
+    def _fault(self, insn: Insn, stop: Stop) -> Fault | None:
+        engine, rip = self.stage.engine, self.stage.registers.rip
+        if stop is Stop.EXCEPTION:
+            vector = engine.vector
+            code = engine.error_code if vector in ERROR_CODE_VECTORS else None
+            address = self.stage.bank.read("cr2") if vector == PF_ else None
+            return corrected(self.stage.vcpu.cpu, insn, Fault(vector, code, address))
+        if stop is Stop.INSN and rip == CODE + insn.length:
+            return None
+        if stop is Stop.INSN and rip == CODE:
+            return Fault(UD)
+        raise LookupError(f"the fast path stopped ({stop.name}) at {rip:#x}")
+
+
+class HandlerTier:
+    """The handlers of some packs, bound as the vCPU binds them."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        settings = stage.vm.settings
+        self._tiers = [Tier(stage.vcpu.cpu, t) for t in (settings.handlers, settings.kernel)]
+        self._bound: dict[bytes, Bound | None] = {}
+
+    def _find(self, insn: Insn) -> Bound | None:
+        if insn.raw not in self._bound:
+            found = (tier.bind(insn) for tier in self._tiers)
+            self._bound[insn.raw] = next((bound for bound in found if bound.handlers), None)
+        return self._bound[insn.raw]
+
+    def accepts(self, insn: Insn) -> bool:
+        return self._find(insn) is not None
+
+    def run(self, insn: Insn, state: State) -> Outcome:
+        bound = self._find(insn)
+        if bound is None:
+            raise LookupError(f"no handler takes {insn!r}")
+        stage = self.stage
+        stage.load(insn, state)
+        fault = None
+        try:
+            verdict = bound.run()
+        except Fault as raised:
+            fault = raised
+        else:
+            if isinstance(verdict, Decline):
+                raise LookupError(f"{bound.tally.handler} declined {insn!r} while it ran")
+            if isinstance(verdict, Inject):
+                fault = Fault(verdict.vector, verdict.error_code)
+        return Outcome(stage.store(state), fault)
