@@ -42,7 +42,7 @@ TOP = 0x3800
 PRECOMPUTATION = IE | DE | ZE
 """Exceptions that, unmasked, leave operands and stack alone (SDM Vol. 1, 8.6)."""
 
-_EM, _TS, _NE = 4, 8, 0x20
+_MP, _EM, _TS, _NE = 2, 4, 8, 0x20
 _ST: Final = tuple(f"st{i}" for i in range(8))
 _EMPTY: Final = 3
 
@@ -60,7 +60,7 @@ class Fpu:
         self.read, self.write = bank.read, bank.write
         self.cw = self.sw = self.tags = 0
         self._before = (0, 0)
-        self._reports = 0
+        self._failed = False
         self.denormal_source = False
         """The operand in memory is a denormal there, though no register that it fills is."""
 
@@ -74,34 +74,50 @@ class Fpu:
 
     # -- begin and end ----------------------------------------------------------------------------
 
-    def begin_control(self) -> None:
+    def begin_control(self) -> int:
         """#NM if the unit is off: for instructions that do not wait for a pending exception."""
-        controls = self._cpu.registers.controls
-        cr0 = self.read("cr0") if controls is None else controls[0]
+        cr0 = self._cr0()
         if cr0 & (_EM | _TS):
             raise Fault(NM)
-        self.sw, self.cw, self.tags = self.read("fpsw"), self.read("fpcw"), self.read("fptag")
-        self._before = (self.sw, self.tags)
-        self._reports = cr0 & _NE
-        self.denormal_source = False
+        self._load()
+        return cr0
 
     def begin_waiting(self) -> None:
         """As :meth:`begin_control`, and #MF if an exception is pending."""
-        self.begin_control()
-        if self.sw & ES and self._reports:
-            raise Fault(MF)
+        self._report(self.begin_control())
 
     def begin(self) -> None:
         """As :meth:`begin_waiting`, for instructions that compute or move data: C1 = 0."""
-        self.begin_waiting()
+        self._report(self.begin_control())
         self.sw &= ~C1
+
+    def begin_wait(self) -> None:
+        """For WAIT: #NM if CR0.MP and CR0.TS are set; #MF if an exception is pending."""
+        cr0 = self._cr0()
+        if cr0 & (_MP | _TS) == _MP | _TS:
+            raise Fault(NM)
+        self._load()
+        self._report(cr0)
+
+    def _cr0(self) -> int:
+        controls = self._cpu.registers.controls
+        return self.read("cr0") if controls is None else controls[0]
+
+    def _load(self) -> None:
+        self.sw, self.cw, self.tags = self.read("fpsw"), self.read("fpcw"), self.read("fptag")
+        self._before = (self.sw, self.tags)
+        self._failed = self.denormal_source = False
+
+    def _report(self, cr0: int) -> None:
+        if self.sw & ES and cr0 & _NE:
+            raise Fault(MF)
 
     def end(self, opcode: int, operand: Callable[[], int]) -> None:
         """Write the status and tag words back. ``opcode`` is FOP, ``operand`` gives FDP."""
         sw, tags = self._before
         if self.sw != sw:
             self.write("fpsw", self.sw)
-            if self.sw & ES and not sw & ES:
+            if self._failed:
                 self.write("fop", opcode)
                 self.write("fip", self._cpu.rip)
                 self.write("fdp", operand())
@@ -157,6 +173,16 @@ class Fpu:
         self.sw |= flags
         if flags & ~self.cw & FLAGS:
             self.sw |= ES | B
+            self._failed = True
+
+    def summarize(self) -> None:
+        """ES and B follow the flags and masks, after either was loaded."""
+        pending = self.sw & ~self.cw & FLAGS
+        self.sw = self.sw | ES | B if pending else self.sw & ~(ES | B)
+
+    def load_control(self, value: int) -> None:
+        self.cw = value
+        self.write("fpcw", value)
 
     def rounded_up(self, up: bool) -> None:
         """C1 tells whether the last rounding was away from zero."""
@@ -226,7 +252,7 @@ class Instruction(Handler):
     restartable = True
 
     def __init__(
-        self, make: Binder, mnemonics: tuple[str, ...], begin: Callable[[Fpu], None]
+        self, make: Binder, mnemonics: tuple[str, ...], begin: Callable[[Fpu], object]
     ) -> None:
         self.make = make
         self.name = _name(make)
@@ -252,7 +278,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def instruction(
-    *mnemonics: str, begin: Callable[[Fpu], None] = Fpu.begin
+    *mnemonics: str, begin: Callable[[Fpu], object] = Fpu.begin
 ) -> Callable[[Binder], Instruction]:
     """Make the handler of ``mnemonics`` of a function that binds their body."""
 
@@ -263,7 +289,7 @@ def instruction(
 
 
 def simple(
-    *mnemonics: str, begin: Callable[[Fpu], None] = Fpu.begin
+    *mnemonics: str, begin: Callable[[Fpu], object] = Fpu.begin
 ) -> Callable[[Callable[[Fpu], None]], Instruction]:
     """As :func:`instruction`, for those that have no operand but the stack."""
 

@@ -6,6 +6,7 @@ from handlers import (
     x87_angle,
     x87_arithmetic,
     x87_compare,
+    x87_control,
     x87_integer,
     x87_logarithm,
     x87_move,
@@ -22,4 +23,5 @@ PACK = Pack.of(
     x87_remainder.HANDLERS,
     x87_logarithm.HANDLERS,
     x87_angle.HANDLERS,
+    x87_control.HANDLERS,
 )
