@@ -35,6 +35,14 @@ class MmioCompletion:
         self._memory.mmio_used = True
         return True
 
+    def abandon(self) -> None:
+        """The instruction that asked is not run any further."""
+        memory = self._memory
+        memory.mmio_used = False
+        memory.mmio_replies.clear()
+        memory.mmio_writes.clear()
+        self._parts.clear()
+
     def finish(self) -> None:
         """The instruction is through: its answers are used up, its writes become exits."""
         memory = self._memory
