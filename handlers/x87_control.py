@@ -6,7 +6,7 @@ deprecated, and stored as 0 (CPUID.7:EBX[13]).
 
 from __future__ import annotations
 
-from handlers.x87_fpu import CONDITIONS, FLAGS, TOP, Body, Fpu, Instruction, has_memory, instruction
+from handlers.x87_fpu import CONDITIONS, FLAGS, TOP, Body, Control, Fpu, control, has_memory
 from sandbox.cpu import UD, Cpu, Fault, bind_address
 from sandbox.decode import Insn
 from sandbox.registers import RAX, VM
@@ -16,9 +16,6 @@ _CONTROL_BITS, _CONTROL_FIXED = 0x1F3F, 0x40
 _PE, _EM = 1, 4
 _REGISTERS_SIZE = 80
 _UNUSED = 0xFFFF_0000
-
-control = Fpu.begin_control
-waiting = Fpu.begin_waiting
 
 
 def _initialize(fpu: Fpu) -> None:
@@ -34,13 +31,13 @@ def _load_control(fpu: Fpu, value: int) -> None:
     fpu.summarize()
 
 
-@instruction("fninit", begin=control)
+@control("fninit", begin=Fpu.begin_control)
 def fninit(_cpu: Cpu, fpu: Fpu, _insn: Insn) -> Body:
     """Reset the unit."""
     return lambda: _initialize(fpu)
 
 
-@instruction("fnclex", begin=control)
+@control("fnclex", begin=Fpu.begin_control)
 def fnclex(_cpu: Cpu, fpu: Fpu, _insn: Insn) -> Body:
     """Clear the exception flags, SF, ES and B."""
 
@@ -50,21 +47,21 @@ def fnclex(_cpu: Cpu, fpu: Fpu, _insn: Insn) -> Body:
     return body
 
 
-@instruction("fnstcw", begin=control)
+@control("fnstcw", begin=Fpu.begin_control)
 def fnstcw(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Store the control word."""
     address = bind_address(cpu, insn)
     return lambda: cpu.write_int(address(), fpu.cw, 2)
 
 
-@instruction("fldcw", begin=waiting)
+@control("fldcw", begin=Fpu.begin_waiting)
 def fldcw(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Load the control word; what it unmasks is pending then."""
     address = bind_address(cpu, insn)
     return lambda: _load_control(fpu, cpu.read_int(address(), 2))
 
 
-@instruction("fnstsw", begin=control)
+@control("fnstsw", begin=Fpu.begin_control)
 def fnstsw(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Store the status word, to memory or AX."""
     if has_memory(insn):
@@ -125,7 +122,7 @@ def _environment_size(insn: Insn) -> int:
     return 14 if insn.form.endswith(("M14BYTE", "M94BYTE")) else 28
 
 
-@instruction("fnstenv", begin=control)
+@control("fnstenv", begin=Fpu.begin_control)
 def fnstenv(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Store the environment, and mask all exceptions."""
     address, narrow = bind_address(cpu, insn), _environment_size(insn) == 14
@@ -138,14 +135,14 @@ def fnstenv(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     return body
 
 
-@instruction("fldenv", begin=waiting)
+@control("fldenv", begin=Fpu.begin_waiting)
 def fldenv(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Load the environment."""
     address, size = bind_address(cpu, insn), _environment_size(insn)
     return lambda: load_environment(cpu, fpu, cpu.read(address(), size))
 
 
-@instruction("fnsave", begin=control)
+@control("fnsave", begin=Fpu.begin_control)
 def fnsave(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Store the environment and the registers, and reset the unit."""
     address, narrow = bind_address(cpu, insn), _environment_size(insn) == 14
@@ -158,7 +155,7 @@ def fnsave(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     return body
 
 
-@instruction("frstor", begin=waiting)
+@control("frstor", begin=Fpu.begin_waiting)
 def frstor(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Load the environment and the registers."""
     address, size = bind_address(cpu, insn), _environment_size(insn)
@@ -196,12 +193,12 @@ def _bind_emms(_cpu: Cpu, fpu: Fpu, _insn: Insn) -> Body:
     return body
 
 
-fnop = Instruction(_bind_nothing, ("fnop",), waiting)
-obsolete = Instruction(_bind_nothing, ("fneni", "fndisi", "fnsetpm"), control)
+fnop = Control(_bind_nothing, ("fnop",), Fpu.begin_waiting)
+obsolete = Control(_bind_nothing, ("fneni", "fndisi", "fnsetpm"), Fpu.begin_control)
 """For coprocessors that are long gone: they do nothing since the 387."""
 
-wait = Instruction(_bind_nothing, ("wait",), Fpu.begin_wait)
-emms = Instruction(_bind_emms, ("emms",), _begin_emms)
+wait = Control(_bind_nothing, ("wait",), Fpu.begin_wait)
+emms = Control(_bind_emms, ("emms",), _begin_emms)
 
 HANDLERS = [fninit, fnclex, fnstcw, fldcw, fnstsw, fnstenv, fldenv, fnsave, frstor]
 HANDLERS += [fnop, obsolete, wait, emms]

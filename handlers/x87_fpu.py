@@ -7,8 +7,9 @@ An unmasked exception sets ES and B and is reported as #MF by the next waiting i
 these handlers, if CR0.NE is set (SDM Vol. 1, 8.6 and 8.7). With CR0.NE clear errors would go
 through an interrupt controller, which is not here: they are ignored, as with IGNNE# asserted.
 
-The last-instruction and last-operand pointers are written when an exception becomes pending, which
-is when somebody has a use for them; the selectors are deprecated and 0 (CPUID.7:EBX[13]).
+All but control instructions leave their address in FIP and that of a memory operand in FDP. FOP is
+written when an exception becomes pending, as on processors since the Pentium 4; the selectors are
+deprecated and 0 (CPUID.7:EBX[13]).
 """
 
 from __future__ import annotations
@@ -112,17 +113,27 @@ class Fpu:
         if self.sw & ES and cr0 & _NE:
             raise Fault(MF)
 
-    def end(self, opcode: int, operand: Callable[[], int]) -> None:
-        """Write the status and tag words back. ``opcode`` is FOP, ``operand`` gives FDP."""
+    def end(self) -> None:
+        """Write the status and tag words back."""
         sw, tags = self._before
         if self.sw != sw:
             self.write("fpsw", self.sw)
-            if self._failed:
-                self.write("fop", opcode)
-                self.write("fip", self._cpu.rip)
-                self.write("fdp", operand())
         if self.tags != tags:
             self.write("fptag", self.tags)
+
+    def bind_pointers(self, insn: Insn) -> Callable[[], None]:
+        """What writes FIP, FDP and FOP for an instruction."""
+        write, rip, opcode = self.write, self._cpu.registers.rip_view, fop_of(insn)
+        operand = bind_offset(self._cpu, insn) if has_memory(insn) else None
+
+        def point() -> None:
+            write("fip", rip[0])
+            if operand is not None:
+                write("fdp", operand())
+            if self._failed:
+                write("fop", opcode)
+
+        return point
 
     # -- the stack --------------------------------------------------------------------------------
 
@@ -245,9 +256,9 @@ Body = Callable[[], None]
 Binder = Callable[[Cpu, Fpu, Insn], Body]
 
 
-class Instruction(Handler):
-    """An x87 instruction: ``make`` gives, for one vCPU and instruction, what it does after
-    ``begin``, one of the three of :class:`Fpu`."""
+class Control(Handler):
+    """An x87 control instruction: ``make`` gives, for one vCPU and instruction, what it does after
+    ``begin``, one of those of :class:`Fpu`."""
 
     restartable = True
 
@@ -261,14 +272,31 @@ class Instruction(Handler):
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
         fpu = Fpu.of(cpu)
-        begin, end = self.begin, fpu.end
-        body, opcode, operand = self.make(cpu, fpu, insn), fop_of(insn), _bind_operand(cpu, insn)
+        begin, body, end = self.begin, self.make(cpu, fpu, insn), fpu.end
 
         def action() -> None:
             begin(fpu)
             with suppress(Stop):
                 body()
-            end(opcode, operand)
+            end()
+
+        return action
+
+
+class Instruction(Control):
+    """An x87 instruction that computes or moves data."""
+
+    def bind(self, cpu: Cpu, insn: Insn) -> Action:
+        fpu = Fpu.of(cpu)
+        begin, body, end = self.begin, self.make(cpu, fpu, insn), fpu.end
+        point = fpu.bind_pointers(insn)
+
+        def action() -> None:
+            begin(fpu)
+            with suppress(Stop):
+                body()
+            point()
+            end()
 
         return action
 
@@ -288,16 +316,23 @@ def instruction(
     return decorate
 
 
-def simple(
-    *mnemonics: str, begin: Callable[[Fpu], object] = Fpu.begin
-) -> Callable[[Callable[[Fpu], None]], Instruction]:
+def control(*mnemonics: str, begin: Callable[[Fpu], object]) -> Callable[[Binder], Control]:
+    """As :func:`instruction`, for control instructions."""
+
+    def decorate(make: Binder) -> Control:
+        return Control(make, mnemonics, begin)
+
+    return decorate
+
+
+def simple(*mnemonics: str) -> Callable[[Callable[[Fpu], None]], Instruction]:
     """As :func:`instruction`, for those that have no operand but the stack."""
 
     def decorate(function: Callable[[Fpu], None]) -> Instruction:
         def make(_cpu: Cpu, fpu: Fpu, _insn: Insn) -> Body:
             return partial(function, fpu)
 
-        found = Instruction(make, mnemonics, begin)
+        found = Instruction(make, mnemonics, Fpu.begin)
         found.name = _name(function)
         return found
 
@@ -315,7 +350,3 @@ def fop_of(insn: Insn) -> int:
 def has_memory(insn: Insn) -> bool:
     """Whether an operand is in memory."""
     return insn.iced.memory_size != 0
-
-
-def _bind_operand(cpu: Cpu, insn: Insn) -> Callable[[], int]:
-    return bind_offset(cpu, insn) if has_memory(insn) else int

@@ -75,7 +75,20 @@ def test_a_pending_exception_is_reported_by_the_next_waiting_instruction() -> No
         after.state.gpr[RDI] = DATA
         assert vector(subject, code, after.state) == (None if code == "d93f" else MF)
     values = subject.bank.values
-    assert (values["fop"], values["fip"], values["fdp"]) == (0x1FA, subject.cpu.rip, 0)
+    assert (values["fop"], values["fip"]) == (0x1FA, subject.cpu.rip)
+
+
+def test_data_instructions_leave_their_address_for_fnstenv() -> None:
+    subject = subject_with(fip=1, fdp=2)
+    state = State()
+    state.gpr[RDI] = DATA
+    subject.run(decode(bytes.fromhex("d94708"), 64), state)
+    values = subject.bank.values
+    assert (values["fip"], values["fdp"]) == (subject.cpu.rip, DATA + 8)
+    for code in ("d9d0", "d93f", "d92f", "9b"):
+        values.update(fip=1, fdp=2)
+        subject.run(decode(bytes.fromhex(code), 64), state)
+        assert (values["fip"], values["fdp"]) == (1, 2)
 
 
 def test_without_numeric_errors_a_pending_exception_is_ignored() -> None:
