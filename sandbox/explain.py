@@ -21,6 +21,7 @@ class Line:
 
     ``allow``: the fast path runs it; otherwise ``handlers`` are asked in this order, and
     ``unhandled`` happens if there are none. ``rule`` None: no rule names the instruction.
+    ``barred`` says why it never runs on the fast path, if that is so under every policy.
     """
 
     address: int
@@ -30,6 +31,7 @@ class Line:
     rule: Rule | None
     handlers: tuple[str, ...]
     unhandled: Unhandled
+    barred: str = ""
 
     @property
     def text(self) -> str:
@@ -58,9 +60,19 @@ class Line:
         """The rule that decided: file, line and its comment."""
         if self.insn is None:
             return "bytes that do not decode are never allowed"
+        if self.barred:
+            return self.barred
         if self.rule is None:
             return "no rule allows it"
         return f"{self.rule} {self.rule.comment}".rstrip()
+
+
+def plain_decode(data: bytes, bitness: int) -> Insn | None:
+    """The instruction that ``data`` begins with; None if it begins with none."""
+    try:
+        return decode(data, bitness)
+    except DecodeError:
+        return None
 
 
 def explain(
@@ -69,24 +81,28 @@ def explain(
     policy: Policy,
     resolve: Callable[[Insn], Iterable[str]],
     address: int = 0,
+    *,
+    decode: Callable[[bytes, int], Insn | None] = plain_decode,
+    bar: Callable[[Insn], str] = lambda _insn: "",
 ) -> Iterator[Line]:
     """Go through ``data`` instruction by instruction, as if it stood at ``address``.
 
-    ``resolve`` gives the names of the handlers of an instruction. Where nothing decodes, one byte
-    is shown and skipped.
+    ``resolve`` gives the names of the handlers of an instruction, ``bar`` why no policy can allow
+    it ("" if one can), ``decode`` the instruction that bytes begin with. Where nothing decodes, one
+    byte is shown and skipped.
     """
     at = 0
     while at < len(data):
-        try:
-            insn = decode(data[at : at + MAX_LENGTH], bitness)
-        except DecodeError:
+        insn = decode(data[at : at + MAX_LENGTH], bitness)
+        if insn is None:
             raw = data[at : at + 1]
             yield Line(address + at, raw, None, False, None, (), policy.unhandled)
         else:
-            raw, decision = insn.raw, policy.decide(insn)
-            handlers = () if decision.allow else tuple(resolve(insn))
+            raw, decision, barred = insn.raw, policy.decide(insn), bar(insn)
+            allow = decision.allow and not barred
+            handlers = () if allow else tuple(resolve(insn))
             yield Line(
-                address + at, raw, insn, decision.allow, decision.rule, handlers, policy.unhandled
+                address + at, raw, insn, allow, decision.rule, handlers, policy.unhandled, barred
             )
         at += len(raw)
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from guests.load import Kind, detect, load_elf, load_raw, read_file
+from sandbox.cpu import Cpu
+from sandbox.decode import Insn
+from sandbox.engine.misread import MISREAD
+from sandbox.engine.unicorn import NEVER_RUN
 from sandbox.errors import SandboxError
 from sandbox.explain import explain, parse_hex, table
+from sandbox.fallback import Tier
+from sandbox.intercepts import Intercepts
 from sandbox.run import BITNESS, make_vm
+from sandbox.settings import Settings
+
+MACHINE = "the machine"
+"""Who takes an intercepted instruction for which no handler is needed."""
 
 
 def explain_command(options: Namespace) -> int:
@@ -18,11 +28,46 @@ def explain_command(options: Namespace) -> int:
     kind = detect(path) if path.exists() else Kind.RAW
     bitness = 64 if kind is Kind.ELF else BITNESS[options.mode]
     with make_vm(options, kind) as vm:
+        cpu, settings = vm.create_vcpu().cpu, vm.settings
+        decode, resolve = Tier(cpu, settings.handlers).decode, _resolver(cpu, settings)
         for address, data in _parts(options, path, kind, bitness):
-            lines = explain(data, bitness, vm.policy, vm.handler_names, address)
+            lines = explain(
+                data, bitness, vm.policy, resolve, address, decode=decode, bar=_bar(settings)
+            )
             for row in table(lines):
                 print(row)
     return 0
+
+
+def _resolver(cpu: Cpu, settings: Settings) -> Callable[[Insn], list[str]]:
+    """Names the handlers that take an instruction: those that do not decline it at binding."""
+    tier, kernel = Tier(cpu, settings.handlers), Tier(cpu, settings.kernel)
+    intercepts = Intercepts(cpu, settings.ports)
+
+    def resolve(insn: Insn) -> list[str]:
+        found = tier.bind(insn).handlers
+        if not found and insn.code and settings.intercepted[insn.code]:
+            if intercepts.bind(insn) is not None:
+                return [MACHINE]
+            found = kernel.bind(insn).handlers
+        return [handler.name for handler in found]
+
+    return resolve
+
+
+def _bar(settings: Settings) -> Callable[[Insn], str]:
+    """Why an instruction runs on the fast path under no policy; "" if one may allow it."""
+
+    def bar(insn: Insn) -> str:
+        if insn.code and settings.intercepted[insn.code]:
+            return "intercepted by the machine under every policy"
+        if insn.code in NEVER_RUN:
+            return "crashes Unicorn"
+        if MISREAD[insn.bitness].match(insn.raw):
+            return "Unicorn takes these bytes for another instruction"
+        return ""
+
+    return bar
 
 
 def _parts(options: Namespace, path: Path, kind: Kind, bitness: int) -> Iterator[tuple[int, bytes]]:

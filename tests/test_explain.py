@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from sandbox.cli import main
 from sandbox.decode import Insn
 from sandbox.explain import explain, parse_hex, table
 from sandbox.policy import Policy
@@ -96,3 +99,46 @@ def test_hex_comes_in_the_usual_ways(text: str) -> None:
 def test_bad_hex_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_hex(text)
+
+
+@pytest.mark.parametrize(
+    ("code", "place", "taker", "why"),
+    [
+        ("90", "fast path", "", "everything.toml"),
+        ("f4", "trap", "the machine", "intercepted by the machine"),
+        ("0fa2", "trap", "handlers.system.cpuid", "intercepted by the machine"),
+        ("66f20f58c1", "trap", "vector.addsd", "takes these bytes for another instruction"),
+        ("660f3a63c100", "fast path", "", "everything.toml"),
+        ("66480f3a61c100", "trap", "", "crashes Unicorn"),
+        ("62f17d48fec1", "fast path", "", "everything.toml"),
+    ],
+)
+def test_the_command_knows_what_no_policy_can_allow(
+    code: str, place: str, taker: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "--policy", "everything", code]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert f"  {place}  " in row
+    assert taker in row
+    assert why in row
+
+
+def test_handlers_that_decline_a_form_are_not_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--handlers", "none", "--handlers", "x87", "c5f5fec2"]) == 0
+    assert "none: #UD in the guest" in capsys.readouterr().out
+
+
+def test_bytes_that_only_a_handler_knows_are_an_instruction(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pack = tmp_path / "mine.py"
+    pack.write_text(
+        "from sandbox.handler import handler\n"
+        "@handler(pattern='0f 3f ??')\n"
+        "def mine(cpu, insn): pass\n"
+    )
+    assert main(["explain", "--handlers", str(pack), "0f3f0690"]) == 0
+    _title, first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[1:4] == ["0f", "3f", "06"]
+    assert ".mine" in first
+    assert second.split()[0] == "0x1003"
