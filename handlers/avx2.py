@@ -33,7 +33,7 @@ from handlers import (
     shuffle,
     sm,
     strings,
-    x87_store,
+    x87_integer,
 )
 from sandbox.handler import Pack
 
@@ -70,5 +70,5 @@ PACK = Pack.of(
     float_no_exceptions,
     float_round,
     GENERAL,
-    x87_store,
+    x87_integer.fisttp,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from handlers import x87_integer
+from handlers.softfloat import RZERO
 from tests.x87_oracle import assert_same, needs_host
 
 STORES = {
@@ -32,3 +33,19 @@ def test_decimals_of_the_manual() -> None:
     assert x87_integer.encode_decimal(0, True) == 1 << 79
     assert x87_integer.encode_decimal(10**18, False) is None
     assert x87_integer.decode_decimal(0x80_000000000000000010) == 0xC002_A000000000000000
+
+
+@pytest.mark.parametrize(
+    ("value", "integer"),
+    [
+        (0x3FFF_8000000000000000, (1, False, False)),
+        (0xBFFF_C000000000000000, (-1, True, False)),
+        (0xC00E_8000FFFFFFFFFFFF, (-0x8000, True, False)),
+        (0x403D_FFFFFFFFFFFFFFFF, ((1 << 63) - 1, True, False)),
+        (0x0000_0000000000000001, (0, True, False)),
+        (0x7FFF_8000000000000000, None),
+        (0x3FFF_0000000000000000, None),
+    ],
+)
+def test_truncation(value: int, integer: tuple[int, bool, bool] | None) -> None:
+    assert x87_integer.to_integer(value, RZERO) == integer
