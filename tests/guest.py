@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from guests.assemble import assemble
 from sandbox import abi
-from sandbox.boot import Machine, Mode, boot_flat
+from sandbox.boot import CODE_64, USER_CODE_64, USER_DATA, Machine, Mode, boot_flat
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
+from sandbox.descriptors import Gate, serialise_gate
 from sandbox.exits import Hlt
 from sandbox.handler import FunctionHandler, Pack
 from sandbox.policy import Policy
+from sandbox.registers import DescriptorTable, Segment
 from sandbox.vm import Vm
 
 BITNESS: dict[Mode, int] = {"real": 16, "protected": 32, "long": 64}
@@ -66,3 +69,32 @@ def run_to_hlt(found: Machine, timeout: float = 10) -> None:
     """Run; anything but HLT is a failure."""
     left: Any = found.vcpu.run(timeout)
     assert isinstance(left, Hlt), f"{left} at {found.vcpu.registers.rip:#x}"
+
+
+IDT, TSS, KERNEL_STACK, IST1 = 0x10_0000, 0x10_2000, 0x11_0000, 0x12_0000
+
+
+def add_idt(
+    found: Machine, targets: Mapping[int, int], ist: Mapping[int, int] | None = None
+) -> None:
+    """A 64-bit IDT that leads vectors to addresses (DPL 3), and a TSS with RSP0 and IST1."""
+    bank, memory = found.vm.engine.bank, found.vm.memory
+    for vector, target in targets.items():
+        gate = Gate(CODE_64.selector, target, 14, dpl=3, ist=(ist or {}).get(vector, 0))
+        memory.load(IDT + 16 * vector, serialise_gate(gate, wide=True))
+    memory.load(TSS + 4, KERNEL_STACK.to_bytes(8, "little"))
+    memory.load(TSS + 36, IST1.to_bytes(8, "little"))
+    bank.write_table("idtr", DescriptorTable(IDT, 0xFFF))
+    bank.write_segment("tr", Segment(0x38, TSS, 0x67, type=11, s=0))
+
+
+def enter_user_mode(found: Machine) -> None:
+    """CPL 3, in 64-bit code, at the same place."""
+    bank = found.vm.engine.bank
+    bank.write_segment("cs", USER_CODE_64)
+    bank.write_segment("ss", USER_DATA)
+
+
+def quads(found: Machine, address: int, count: int) -> list[int]:
+    """``count`` little-endian 64-bit words of guest physical memory."""
+    return list(struct.unpack(f"<{count}Q", found.vm.memory.read(address, 8 * count)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 
 from guests.assemble import assemble
 from sandbox.boot import Machine, Mode
 from sandbox.paging import AddressSpace, FrameAllocator
 from sandbox.registers import RAX, RBX, RCX, RDI, RSP
+from tests.fuzz_engine import confined
 from tests.guest import BASE, BITNESS, MODES, Recorder, machine, policy, run_to_hlt
 
 REGISTERS = {
@@ -500,3 +504,10 @@ def test_usual_encodings_with_prefixes_stay_on_the_fast_path(mode: Mode, raw: st
             found.vm.memory.load(found.vcpu.registers.gpr[RSP], (BASE + 16).to_bytes(8, "little"))
         run_to_hlt(found)
         assert found.vcpu.stats.fallback_count == 1, "only HLT"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_forbidden_form_runs_in_random_bytes(mode: Mode) -> None:
+    """A little of what ``python -m tests.fuzz_engine`` does for as long as it is told to."""
+    tally = confined(mode, random.Random(1), time.process_time() + 1)
+    assert tally["EmulationFailure"] > 10
