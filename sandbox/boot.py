@@ -6,8 +6,9 @@ where a guest that keeps to its RAM never meets them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from sandbox.engine.unicorn_state import UnicornBank
 from sandbox.errors import GuestImageError
@@ -63,6 +64,8 @@ class Machine:
     vcpu: Vcpu
     frames: FrameAllocator | None = None
     space: AddressSpace | None = None
+    status_of: Callable[[Any], tuple[int, str] | None] | None = None
+    """What an end of the run that is no KVM exit means: exit status and a line for people."""
 
 
 def reset(vm: Vm) -> Vcpu:
@@ -76,13 +79,12 @@ def reset(vm: Vm) -> Vcpu:
     return vcpu
 
 
-def _control(vcpu: Vcpu, cr0: int, cr4: int = 0) -> None:
+def _control(machine: Machine, cr0: int, cr4: int = 0) -> None:
     """Control registers for SSE and, where it is lit, AVX: as an operating system leaves them."""
-    bank = vcpu.registers.bank
+    machine.vm.enable_xstate(XCR0_X87 | XCR0_SSE | XCR0_AVX)
+    bank = machine.vcpu.registers.bank
     bank.write("cr4", cr4 | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE)
     bank.write("cr0", cr0 | CR0_MP | CR0_ET | CR0_NE)
-    xcr0 = XCR0_X87 | XCR0_SSE | XCR0_AVX
-    vcpu.registers.xcr0 = xcr0 & vcpu.cpu.services["xcr0_mask"]
 
 
 def boot_flat(vm: Vm, code: bytes, base: int = 0x1000, mode: Mode = "long") -> Machine:
@@ -114,7 +116,7 @@ def _start_real(machine: Machine, _base: int, _end: int) -> None:
     vcpu = machine.vcpu
     bank = _bank(machine)
     bank.leave_long_mode()
-    _control(vcpu, 0)
+    _control(machine, 0)
     bank.write("cr0", CR0_ET)
     for name in ("cs", "ds", "es", "fs", "gs"):
         bank.write_segment(name, Segment(type=11 if name == "cs" else 3))
@@ -137,7 +139,7 @@ def _start_protected(machine: Machine, _base: int, _end: int) -> None:
     _add_gdt(machine)
     bank = _bank(machine)
     bank.leave_long_mode()
-    _control(machine.vcpu, CR0_PE)
+    _control(machine, CR0_PE)
     bank.write_segment("cs", CODE_32)
     for name in ("ss", "ds", "es", "fs", "gs"):
         bank.write_segment(name, DATA)
@@ -173,7 +175,7 @@ def enter_long_mode(machine: Machine, space: AddressSpace) -> None:
     bank.write("cr3", space.root)
     machine.vm.engine.trusted_root = space.root
     bank.write("efer", EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
-    _control(machine.vcpu, CR0_PE | CR0_WP | CR0_PG, CR4_PAE | CR4_FSGSBASE)
+    _control(machine, CR0_PE | CR0_WP | CR0_PG, CR4_PAE | CR4_FSGSBASE)
 
 
 def _bank(machine: Machine) -> UnicornBank:

@@ -7,9 +7,10 @@ one call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from iced_x86 import Instruction, OpCodeInfo
 
@@ -57,24 +58,60 @@ class Bound:
     rip_mask: int
 
 
+_Rank: TypeAlias = tuple[int, int]
+"""Number of the pack, and of the handler in it."""
+
+
 class HandlerTable:
-    """Handlers of several packs, found by mnemonic, form or bytes, in the order of the packs."""
+    """Handlers of several packs, found by mnemonic, form or bytes, in the order of the packs.
+
+    A pack may be deferred: it is loaded when the first instruction is looked up, since importing
+    some hundred handlers is most of the start-up time of a guest that needs none.
+    """
 
     def __init__(self, packs: Iterable[Pack] = ()) -> None:
-        self.packs: list[Pack] = []
-        self._by_mnemonic: dict[str, list[tuple[int, Handler]]] = {}
-        self._by_form: dict[str, list[tuple[int, Handler]]] = {}
-        self._by_pattern: list[tuple[int, Handler]] = []
+        self.on_load: Callable[[], None] | None = None
+        """Called once deferred packs have been loaded, before any of their handlers is used."""
+        self._deferred: list[tuple[int, Callable[[], Pack]]] = []
+        self._by_mnemonic: dict[str, list[tuple[_Rank, Handler]]] = {}
+        self._by_form: dict[str, list[tuple[_Rank, Handler]]] = {}
+        self._by_pattern: list[tuple[_Rank, Handler]] = []
         self._count = 0
         for pack in packs:
             self.add(pack)
 
+    def __bool__(self) -> bool:
+        """Whether any pack is installed."""
+        return self._count > 0
+
     def add(self, pack: Pack) -> None:
         """Install ``pack`` after those that are there."""
-        self.packs.append(pack)
-        for handler in pack.handlers:
-            entry = (self._count, handler)
-            self._count += 1
+        self._add(self._count, pack)
+        self._count += 1
+
+    def defer(self, load: Callable[[], Pack]) -> None:
+        """Install what ``load`` returns after those that are there, when it is needed. It must not
+        hold byte patterns or take instructions that stop the machine (HLT, IN, OUT, INT)."""
+        self._deferred.append((self._count, load))
+        self._count += 1
+
+    @property
+    def loaded(self) -> bool:
+        """Whether no pack is deferred (any more)."""
+        return not self._deferred
+
+    def load(self) -> None:
+        """Load the deferred packs now."""
+        if self._deferred:
+            deferred, self._deferred = self._deferred, []
+            for number, load in deferred:
+                self._add(number, load())
+            if self.on_load is not None:
+                self.on_load()
+
+    def _add(self, number: int, pack: Pack) -> None:
+        for position, handler in enumerate(pack.handlers):
+            entry = ((number, position), handler)
             for mnemonic in handler.mnemonics:
                 self._by_mnemonic.setdefault(mnemonic, []).append(entry)
             for form in handler.forms:
@@ -84,28 +121,34 @@ class HandlerTable:
 
     def find(self, insn: Insn) -> list[Handler]:
         """The handlers that ask for ``insn``, in order."""
+        self.load()
+        return self.find_loaded(insn)
+
+    def find_loaded(self, insn: Insn) -> list[Handler]:
+        """The same without those of deferred packs."""
         found = [*self._by_mnemonic.get(insn.mnemonic, ()), *self._by_form.get(insn.form, ())]
         found += [
-            (number, handler)
-            for number, handler in self._by_pattern
+            (rank, handler)
+            for rank, handler in self._by_pattern
             if any(pattern.matches(insn.raw) for pattern in handler.patterns)
         ]
-        return [handler for _number, handler in sorted(found, key=lambda entry: entry[0])]
+        return [handler for _rank, handler in sorted(found, key=lambda entry: entry[0])]
 
     def takes(self, code: int) -> bool:
         """Whether a handler says that it emulates this form (an iced-x86 ``Code``)."""
+        self.load()
         if FORM_NAMES[code] in self._by_form:
             return True
         info = OpCodeInfo(code)  # type: ignore[arg-type]
         asked = self._by_mnemonic.get(MNEMONIC_NAMES[info.mnemonic], ())
-        return any(info.encoding in handler.encodings for _number, handler in asked)
+        return any(info.encoding in handler.encodings for _rank, handler in asked)
 
     def pattern_length(self, data: bytes) -> int:
         """Length of the longest byte pattern that ``data`` starts with; 0 if there is none."""
         return max(
             (
                 pattern.length
-                for _number, handler in self._by_pattern
+                for _rank, handler in self._by_pattern
                 for pattern in handler.patterns
                 if pattern.matches(data)
             ),
@@ -129,6 +172,11 @@ class Tier:
         if found is None:
             found = self._bound[key] = self._make(insn)
         return found
+
+    def bound(self, insn: Insn, action: Action) -> Bound:
+        """``insn`` with an action of the machine's own."""
+        tally = self.tallies.setdefault(insn.mnemonic, Tally())
+        return Bound(insn, action, (), tally, (1 << insn.bitness) - 1)
 
     def _make(self, insn: Insn) -> Bound:
         handlers, actions = [], []

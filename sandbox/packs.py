@@ -11,7 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from importlib.metadata import entry_points
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,22 @@ from sandbox.handler import Pack
 GROUP = "unicorn_fallback.handlers"
 
 
+def _entry_points(name: str | None = None) -> list[Any]:
+    from importlib.metadata import entry_points  # slow, and needed for foreign packs only
+
+    return list(entry_points(group=GROUP, name=name) if name else entry_points(group=GROUP))
+
+
 def pack_names() -> list[str]:
     """All packs that can be named, sorted."""
-    return sorted({*handlers.PACKS, *(point.name for point in entry_points(group=GROUP))})
+    return sorted({*handlers.PACKS, *(point.name for point in _entry_points())})
+
+
+def find_pack(source: str | Path | Pack) -> Callable[[], Pack] | None:
+    """How to load one of the project's own packs later; None for anything else."""
+    if isinstance(source, str) and source in handlers.PACKS:
+        return lambda: load_pack(source)
+    return None
 
 
 def load_pack(source: str | Path | Pack) -> Pack:
@@ -35,7 +48,7 @@ def load_pack(source: str | Path | Pack) -> Pack:
         return _from_file(Path(source))
     if source in handlers.PACKS:
         return _as_pack(source, importlib.import_module(handlers.PACKS[source]))
-    for point in entry_points(group=GROUP, name=source):
+    for point in _entry_points(source):
         return _as_pack(source, point.load())
     names = pack_names()
     near = difflib.get_close_matches(source, names, 1)

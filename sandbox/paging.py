@@ -6,12 +6,10 @@ bits, SMEP and SMAP, and the accessed and dirty flags.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Protocol, TypeAlias
 
 from sandbox.cpu import GP, PF_, Fault, is_canonical
 from sandbox.memory import PAGE_MASK, PAGE_SIZE, MmioRead, PhysicalMemory, Slot
@@ -27,7 +25,7 @@ ERROR_PRESENT, ERROR_WRITE, ERROR_USER, ERROR_RESERVED, ERROR_FETCH = 1, 2, 4, 8
 
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 _LOW_32 = 0xFFFF_FFFF
-_Entries = npt.NDArray[np.uint64]
+_Entries: TypeAlias = "array[int]"
 
 
 class ControlState(Protocol):
@@ -269,7 +267,7 @@ class PagedMemory:
 
 
 def _entry_run(first: int, count: int) -> _Entries:
-    return np.arange(count, dtype="u8") * np.uint64(PAGE_SIZE) + np.uint64(first)
+    return array("Q", range(first, first + count * PAGE_SIZE, PAGE_SIZE))
 
 
 def _page_parts(address: int, size: int) -> list[tuple[int, int]]:
@@ -370,15 +368,14 @@ class AddressSpace:
 
     def unmap(self, virtual: int, size: int) -> None:
         """Take pages away; those not mapped are passed over."""
-        self._update(virtual, size, lambda entries: entries * 0)
+        self._update(virtual, size, lambda _entry: 0)
 
     def protect(self, virtual: int, size: int, *, write: bool, execute: bool) -> None:
         """Change the permissions of the pages that are mapped."""
-        flags = np.uint64((WRITE if write else 0) | (0 if execute else NX))
-        keep = np.uint64(~(WRITE | NX) & 0xFFFF_FFFF_FFFF_FFFF)
-        self._update(virtual, size, lambda entries: (entries & keep) | flags)
+        flags = (WRITE if write else 0) | (0 if execute else NX)
+        self._update(virtual, size, lambda entry: entry & ~(WRITE | NX) | flags)
 
-    def _update(self, virtual: int, size: int, change: Callable[[_Entries], _Entries]) -> None:
+    def _update(self, virtual: int, size: int, change: Callable[[int], int]) -> None:
         """Rewrite the entries that are present in a range."""
         end = virtual + size
         page = virtual
@@ -388,7 +385,7 @@ class AddressSpace:
             if table is not None:
                 count = (after - page + PAGE_MASK) >> 12
                 old = self._entries(table, page, count)
-                new = np.where(old & np.uint64(PRESENT), change(old), old)
+                new = array("Q", (change(entry) if entry & PRESENT else entry for entry in old))
                 self._memory.load(table + (page >> 12 & 511) * 8, new.tobytes())
             page = after
         self._on_change()
@@ -398,11 +395,11 @@ class AddressSpace:
         table = self._table(page)
         before = self._entries(table, page, len(entries))
         self._memory.load(table + (page >> 12 & 511) * 8, entries.tobytes())
-        return bool(np.any(before & np.uint64(PRESENT)))
+        return any(entry & PRESENT for entry in before)
 
     def _entries(self, table: int, page: int, count: int) -> _Entries:
         data = self._memory.read(table + (page >> 12 & 511) * 8, count * 8)
-        return np.frombuffer(data, dtype="<u8")
+        return array("Q", data)
 
     def _table(self, page: int) -> int:
         """The page table for ``page``, made with its parents if it is new."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from guests.load import load_elf
-from handlers.linux import Files, start_process
+from handlers.linux import Files, ProcessExit, start_process
 from handlers.linux import Machine as Processor
 from sandbox.boot import USER_CODE_64, USER_DATA, Machine, enter_long_mode, make_space, reset
 from sandbox.memory import PAGE_MASK
 from sandbox.paging import FrameAllocator
 from sandbox.registers import RSP, DescriptorTable, Segment
+from sandbox.sources import seeded_entropy
 from sandbox.vm import Vm
 
 PROCESS_RAM_BYTES = 1 << 30
@@ -61,6 +63,14 @@ def boot_process(
         machine=processor,
         seed=seed,
     )
+    machine.status_of = process_status
+    if seed is not None:
+        cpu.services["entropy"] = seeded_entropy(seed)
     machine.vcpu.registers.rip = started.entry
     machine.vcpu.registers.gpr[RSP] = started.rsp
     return machine
+
+
+def process_status(left: Any) -> tuple[int, str] | None:
+    """Exit status and reason of a program that ended; None for any other end of a run."""
+    return (left.status, left.reason) if isinstance(left, ProcessExit) else None

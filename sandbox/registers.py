@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 ES, CS, SS, DS, FS, GS = range(6)
@@ -90,6 +90,8 @@ class Vectors:
         """All 32 registers as lanes of ``dtype`` (``u1 u2 u4 u8 i1.. f4 f8``)."""
         found = self._views.get(dtype)
         if found is None:
+            import numpy as np  # a guest without vector code need not wait for it
+
             flat: npt.NDArray[Any] = np.frombuffer(self.raw, dtype=np.dtype(dtype))
             found = self._views[dtype] = flat.reshape(VECTOR_COUNT, -1)
         return found

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from guests.load import Kind, detect, load_raw, read_file
-from handlers.linux import Files, ProcessExit, Root
 from sandbox import abi
 from sandbox.boot import Machine, boot_flat
 from sandbox.console import DEBUG_PORT, SERIAL_COUNT, SERIAL_PORT, Console
 from sandbox.errors import GuestImageError, HandlerError, HandlerTimeoutError, SandboxError
 from sandbox.exits import EmulationFailure, Exit, GuestException, Hlt, Intr, Io, Mmio, Shutdown
 from sandbox.policy import Policy
-from sandbox.process import boot_process
 from sandbox.registers import GPR_NAMES
 from sandbox.report import report_data, write_report
 from sandbox.trace import summary, tracer
@@ -64,25 +62,32 @@ def load(vm: Vm, options: Namespace, kind: Kind, cleanup: ExitStack) -> Machine:
     """Load the guest and make it ready to run."""
     path = Path(options.program)
     if kind is Kind.ELF:
-        root = None
-        if options.root:
-            root = Root(options.root)
-            cleanup.callback(root.close)
-        return boot_process(
-            vm,
-            path,
-            [options.program, *options.args],
-            dict(variable.split("=", 1) for variable in options.env),
-            files=Files.standard(root=root) if root else None,
-            seed=options.seed,
-            ram=options.memory << 20,
-        )
+        return _load_process(vm, options, cleanup)
     if options.args:
         raise GuestImageError(f"{path}: a {kind} guest takes no arguments")
     console = Console(sys.stdout.buffer)
     vm.add_ports(SERIAL_PORT, SERIAL_COUNT, console)
     vm.add_ports(DEBUG_PORT, 1, console)
     return boot_flat(vm, _image(path, kind, options), options.base, options.mode)
+
+
+def _load_process(vm: Vm, options: Namespace, cleanup: ExitStack) -> Machine:
+    from handlers.linux import Files, Root  # not needed, and not imported, for bare guests
+    from sandbox.process import boot_process
+
+    root = None
+    if options.root:
+        root = Root(options.root)
+        cleanup.callback(root.close)
+    return boot_process(
+        vm,
+        options.program,
+        [options.program, *options.args],
+        dict(variable.split("=", 1) for variable in options.env),
+        files=Files.standard(root=root) if root else None,
+        seed=options.seed,
+        ram=options.memory << 20,
+    )
 
 
 def _image(path: Path, kind: Kind, options: Namespace) -> bytes:
@@ -148,10 +153,10 @@ def _show(machine: Machine, options: Namespace) -> None:
 
 def status_of(machine: Machine, left: Any, options: Namespace) -> tuple[int, str]:
     """The exit status for what ended the run, and a line that says what was wrong, if anything."""
+    if machine.status_of is not None and (ended := machine.status_of(left)) is not None:
+        return ended
     rip = machine.vcpu.registers.rip
     match left:
-        case ProcessExit():
-            return left.status, left.reason
         case Hlt():
             return 0, ""
         case Intr() if _limited(machine, options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from sandbox import abi
@@ -149,10 +148,11 @@ class Sites:
 
     def _bind(self, insn: Insn) -> Bound:
         """Who takes ``insn``: the user's handlers, or the machine if it intercepts it."""
-        bound = self._tier.bind(insn)
-        if bound.handlers or not self._settings.intercepted[insn.code] or not insn.code:
-            return bound
+        settings = self._settings
         action = self.intercepts.bind(insn)
-        if action is None:
-            return self._kernel.bind(insn)
-        return replace(bound, run=action)
+        if action is not None and not settings.handlers.find_loaded(insn):
+            return self._kernel.bound(insn, action)
+        bound = self._tier.bind(insn)
+        if bound.handlers or not settings.intercepted[insn.code] or not insn.code:
+            return bound
+        return self._kernel.bind(insn)

@@ -106,7 +106,7 @@ class Vcpu:
 
     def _check_capability(self) -> None:
         settings = self._settings
-        if settings.handlers.packs and not settings.exit_on_emulation_failure:
+        if settings.handlers and not settings.exit_on_emulation_failure:
             raise SandboxError(
                 "handlers are installed, but KVM_CAP_EXIT_ON_EMULATION_FAILURE is off: call "
                 "vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE) first"
@@ -289,7 +289,7 @@ class Vcpu:
     def _unhandled(self, site: Site) -> Any:
         """Nobody took the instruction: the capability's table, or the policy's word."""
         settings = self._settings
-        if not settings.handlers.packs:
+        if not settings.handlers:
             return self._raw_failure()
         if settings.policy.unhandled == "skip" and site.insn.code:
             self._advance(site)

@@ -9,13 +9,14 @@ from types import TracebackType
 from typing import Self
 
 from sandbox import abi
-from sandbox.cpuid import CpuidModel, features
+from sandbox.cpuid import CpuidModel, Leaf, features
 from sandbox.decode import Insn
 from sandbox.engine.unicorn import UnicornEngine
 from sandbox.errors import KvmError, MemoryMapError, SandboxError
+from sandbox.fallback import HandlerTable
 from sandbox.handler import Pack
 from sandbox.memory import Device, DeviceRange, Slot
-from sandbox.packs import load_pack
+from sandbox.packs import find_pack, load_pack
 from sandbox.policy import Policy
 from sandbox.settings import Settings
 from sandbox.vcpu import Vcpu
@@ -44,12 +45,17 @@ class Vm:
         """Guest physical memory."""
         self.vcpu: Vcpu | None = None
         self._engine: UnicornEngine | None = None
-        for name in KERNEL_PACKS:
-            self._settings.kernel.add(load_pack(name))
-        for name in EMULATOR_PACKS:
-            self._settings.emulator.add(load_pack(name))
+        self._xcr0_wanted = 0
+        for table, names in (
+            (self._settings.kernel, KERNEL_PACKS),
+            (self._settings.emulator, EMULATOR_PACKS),
+        ):
+            for name in names:
+                _install(table, name)
         for source in handlers:
-            self.install(source)
+            _install(self._settings.handlers, source)
+        for table in (self._settings.kernel, self._settings.handlers):
+            table.on_load = self._light_xcr0
 
     # -- KVM's interface ----------------------------------------------------------------------
 
@@ -119,12 +125,10 @@ class Vm:
         self._settings.policy = policy
         self._apply()
 
-    def install(self, source: str | Path | Pack) -> Pack:
+    def install(self, source: str | Path | Pack) -> None:
         """Install a handler pack after those that are there."""
-        pack = load_pack(source)
-        self._settings.handlers.add(pack)
+        _install(self._settings.handlers, source)
         self._apply()
-        return pack
 
     def runs_form(self, code: int) -> bool:
         """Whether the fast path or a handler runs a form (an iced-x86 ``Code``)."""
@@ -168,9 +172,32 @@ class Vm:
             traps = settings.intercepted
         self._engine.set_traps(traps, asked)
         self.vcpu.invalidate()
-        model = CpuidModel(features(self.runs_form))
-        self.vcpu.cpu.services["cpuid"] = model.bind(self.vcpu.cpu)
-        self.vcpu.cpu.services["xcr0_mask"] = model.xcr0_mask
+        self.vcpu.cpu.services["cpuid"] = self._first_cpuid
+
+    def _first_cpuid(self, leaf: int, subleaf: int) -> Leaf:
+        """CPUID until it is first asked for: the answer hangs on all handlers there are."""
+        assert self.vcpu is not None
+        cpuid = self.cpuid_model().bind(self.vcpu.cpu)
+        self.vcpu.cpu.services["cpuid"] = cpuid
+        return cpuid(leaf, subleaf)
+
+    def cpuid_model(self) -> CpuidModel:
+        """What the guest is told it has: what the fast path and the handlers run right."""
+        return CpuidModel(features(self.runs_form))
+
+    def enable_xstate(self, components: int) -> None:
+        """Have the guest start with these bits of XCR0 set, as far as CPUID offers them.
+
+        They are set when the handlers are loaded, which is before anything can see them.
+        """
+        self._xcr0_wanted = components
+        if self._settings.handlers.loaded and self._settings.kernel.loaded:
+            self._light_xcr0()
+
+    def _light_xcr0(self) -> None:
+        if self._xcr0_wanted and self.vcpu is not None:
+            wanted, self._xcr0_wanted = self._xcr0_wanted, 0
+            self.vcpu.registers.xcr0 = wanted & self.cpuid_model().xcr0_mask
 
     def close(self) -> None:
         """Free the engine."""
@@ -187,6 +214,14 @@ class Vm:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _install(table: HandlerTable, source: str | Path | Pack) -> None:
+    later = find_pack(source)
+    if later is not None:
+        table.defer(later)
+    else:
+        table.add(load_pack(source))
 
 
 _CAPABILITIES = frozenset(
