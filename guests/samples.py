@@ -45,6 +45,7 @@ SAMPLES: dict[str, tuple[Run, ...]] = {
     "dot": _PLAIN,
     "hash": _PLAIN,
     "json": _PLAIN,
+    "longdouble": _PLAIN,
     "matmul": _PLAIN,
     "nbody": _PLAIN,
     "sha256": _PLAIN,

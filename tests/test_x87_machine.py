@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from guests.samples import build
 from sandbox import abi
 from sandbox.boot import boot_flat
 from sandbox.cpuid import features
@@ -16,6 +20,7 @@ from sandbox.policy import Policy
 from sandbox.registers import RDI
 from sandbox.vcpu import Vcpu
 from sandbox.vm import Vm
+from tests.test_guests_c import native_levels, static_libc
 from tests.x87_oracle import needs_host, random_value
 
 CODE, DATA = 0x1000, 0x8000
@@ -107,3 +112,17 @@ def test_sse3_is_complete_with_this_pack() -> None:
     vm = Vm(Policy.load("baseline"), ["x87"])
     with vm:
         assert "SSE3" in features(vm.runs_form)
+
+
+@pytest.mark.parametrize("policy", ["baseline", "nothing"])
+@pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
+def test_long_double_mathematics_print_what_they_print_natively(
+    compiler: str, policy: str, tmp_path: Path
+) -> None:
+    """glibc computes much of it in integers and doubles, musl by the transcendental functions."""
+    if not static_libc(compiler) or not native_levels():
+        pytest.skip(f"needs {compiler} with a static libc on x86-64")
+    program = build("longdouble", "x86-64", "O2", tmp_path, compiler)
+    command = [sys.executable, "-m", "sandbox", "run", "--policy", policy, str(program)]
+    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[1], timeout=100)
+    assert (done.stdout, done.stderr) == (subprocess.check_output([program]), b"")
