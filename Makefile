@@ -23,15 +23,15 @@ demo: $(VENV)/core
 	@$(BIN)/python -m guests.demo
 
 bench: $(VENV)/core
-	@$(BIN)/sandbox bench
+	@$(BIN)/python -m sandbox bench
 
 lint: $(VENV)/dev
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
 
 format: $(VENV)/dev
-	$(BIN)/ruff format
+	$(BIN)/python -m ruff format
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -24,6 +24,7 @@ from guests.assemble import assemble
 from handlers.vector import Operation
 from sandbox import Hlt, Vm, boot_flat, cli, run
 from sandbox.bench.suites import SUITES
+from sandbox.cpuid import features
 from sandbox.policy import presets
 from sandbox.registers import RAX
 
@@ -114,7 +115,7 @@ def test_python_examples_run_and_print_what_is_shown(document: str, folder: Path
 
 def test_python_examples_are_as_short_as_promised() -> None:
     run_example, handler_example, *_rest = (
-        block.text.strip().splitlines()
+        [line for line in block.text.splitlines() if line]
         for block in blocks("README.md")
         if block.language == "python"
     )
@@ -239,6 +240,14 @@ def test_exit_reasons_are_those_of_the_code() -> None:
     assert len(rows) == 6
     for name, reason in rows:
         assert getattr(exits, name.strip(" `")).exit_reason == int(reason)
+
+
+def test_what_is_said_not_to_be_handled_is_not_offered() -> None:
+    assert "- **AVX-512 and AMX.** Not handled yet" in text_of("README.md")
+    with Vm(handlers=run.DEFAULT_PACKS) as vm:
+        offered = features(vm.runs_form)
+    assert {"AVX2", "FMA", "F16C", "BMI2", "SHA", "GFNI"} <= offered
+    assert not [name for name in offered if name.startswith(("AVX512", "AMX"))]
 
 
 def options_of(command: str) -> set[str]:
