@@ -84,6 +84,7 @@ def add_idt(
         memory.load(IDT + 16 * vector, serialise_gate(gate, wide=True))
     memory.load(TSS + 4, KERNEL_STACK.to_bytes(8, "little"))
     memory.load(TSS + 36, IST1.to_bytes(8, "little"))
+    memory.load(TSS + 102, b"\xff\xff")  # no IO permission bitmap
     bank.write_table("idtr", DescriptorTable(IDT, 0xFFF))
     bank.write_segment("tr", Segment(0x38, TSS, 0x67, type=11, s=0))
 

@@ -198,9 +198,10 @@ def test_a_fetch_from_no_memory_is_the_form_without_bytes(cpl: int) -> None:
 
 @pytest.mark.parametrize("mode", ["real", "protected"])
 def test_a_fetch_from_no_memory_without_paging(mode: Mode) -> None:
-    source = (
-        "mov ax, 0x1234\n ljmp 0xffff:0x1000" if mode == "real" else "mov eax, 0x70000000\n jmp eax"
-    )
+    source = {
+        "real": ".byte 0xea, 0, 0x10, 0xff, 0xff",  # jmp 0xffff:0x1000
+        "protected": "mov eax, 0x70000000\n jmp eax",
+    }[mode]
     with machine(source, mode) as found:
         left = found.vcpu.run(10)
         assert isinstance(left, EmulationFailure)

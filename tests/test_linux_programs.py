@@ -18,6 +18,7 @@ from guests.load import load_elf
 from handlers.linux import Files, ProcessExit, Root
 from sandbox import abi
 from sandbox.errors import GuestImageError
+from sandbox.exits import Intr
 from sandbox.process import boot_process
 from sandbox.vm import Vm
 
@@ -199,3 +200,31 @@ def test_busybox_does_what_it_does_natively(tmp_path: Path, command: tuple[str, 
     outcome = run(BUSYBOX, *command, root=tmp_path)
     assert (outcome.left, outcome.output) == (ProcessExit(status), output)
     assert not set(outcome.unknown) - {"clone", "fork", "vfork"}
+
+
+@pytest.mark.parametrize("call", ["sleep", "read", "pause"])
+def test_a_waiting_program_is_stopped_by_the_timeout(tmp_path: Path, call: str) -> None:
+    number = {"sleep": 35, "read": 0, "pause": 34}[call]
+    source = f"""
+        mov eax, {number}
+        lea rdi, [rip + hour]
+        mov r10d, {number}
+        test r10d, r10d
+        jnz ready
+        xor edi, edi
+    ready:
+        lea rsi, [rsp - 64]
+        mov edx, 8
+        syscall
+        hlt
+    hour:
+        .quad 3600
+        .quad 0
+    """
+    reader, writer = os.pipe()
+    try:
+        outcome = run(made(tmp_path, source), stdin=reader, timeout=0.3)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert isinstance(outcome.left, Intr)
