@@ -12,6 +12,7 @@ PACKS: Final = {
     "avx2": "handlers.avx2",
     "integer": "handlers.integer_pack",
     "linux": "handlers.linux",
+    "mmx": "handlers.mmx",
     "system": "handlers.system",
     "x87": "handlers.x87_pack",
 }

@@ -119,7 +119,7 @@ class MaskMoveBytes(Handler):
             raw[VECTOR_BYTES * n : VECTOR_BYTES * n + 16]
             for n in (iced.op1_register - Register.XMM0, iced.op2_register - Register.XMM0)
         )
-        address, check_write, write = _bind_rdi(cpu, insn), cpu.check_write, cpu.write
+        address, check_write, write = bind_rdi(cpu, insn), cpu.check_write, cpu.write
 
         def action() -> None:
             guard()
@@ -138,7 +138,7 @@ _OVERRIDES = {
 }  # fmt: skip
 
 
-def _bind_rdi(cpu: Cpu, insn: Insn) -> Callable[[], int]:
+def bind_rdi(cpu: Cpu, insn: Insn) -> Callable[[], int]:
     """The linear address of [rDI] in DS or the overriding segment."""
     gpr, base = cpu.gpr, cpu.registers.bank.segment_base
     low = (1 << _RDI_BITS[insn.iced.op_kind(0)]) - 1

@@ -16,11 +16,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from iced_x86 import CodeSize, InstructionInfoFactory, MemorySizeInfo, Register, RegisterInfo
+from iced_x86 import (
+    CodeSize,
+    InstructionInfoFactory,
+    MemorySizeInfo,
+    Register,
+    RegisterExt,
+    RegisterInfo,
+)
 
 from sandbox.decode import Insn
 from sandbox.native import CODE, DATA, END, READONLY, REGION, REGION_SIZE, State
 from sandbox.registers import DF, RCX
+from sandbox.xsave import full_tags
 
 _SPECIAL_INTS = (0, 1, 2, 3, 0x1F, 0x20, 0x3F, 0x40, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF,
                  0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 63) - 1, (1 << 64) - 1,
@@ -129,6 +137,18 @@ def _pool(kind: str) -> npt.NDArray[Any]:
     return _int_pool(rng) if kind == "u" else _float_pool(kind, rng)
 
 
+def has_mmx_register(insn: Insn) -> bool:
+    """Whether an operand is an MMX register."""
+    iced = insn.iced
+    return any(RegisterExt.is_mm(iced.op_register(i)) for i in range(iced.op_count))
+
+
+def uses_x87(insn: Insn) -> bool:
+    """Whether the instruction looks at the x87 state or changes it."""
+    by_feature = any(f.startswith(("FPU", "MMX", "D3NOW")) for f in insn.features)
+    return by_feature or has_mmx_register(insn)
+
+
 def _mixed_pool(insn: Insn) -> npt.NDArray[Any]:
     lane = float_type(insn)
     if lane is None:
@@ -158,7 +178,8 @@ class Cases:
         self._pool = _mixed_pool(insn)
         self._noise = self.rng.randbytes(REGION_SIZE)
         self._memory = list(InstructionInfoFactory().info(insn.iced).used_memory())
-        self._x87 = any(f.startswith(("FPU", "MMX", "D3NOW")) for f in insn.features)
+        self._mmx = has_mmx_register(insn)
+        self._x87 = uses_x87(insn)
         self._float = float_type(insn) is not None
 
     def take(self, count: int) -> list[State]:
@@ -179,6 +200,8 @@ class Cases:
             state.gpr[RCX] = rng.randrange(12)
         if self._x87:
             self._fill_x87(state)
+        if self._mmx:
+            self._fill_mmx(state)
         self._bit_string(state)
         for used in self._memory:
             self._place(state, vectors, used)
@@ -229,6 +252,15 @@ class Cases:
         state.fpcw = 0x37F & ~0xC00 | rng.randrange(4) << 10
         state.fpsw = rng.randrange(8) << 11 | rng.getrandbits(4) << 8
         state.fptag = 0
+
+    def _fill_mmx(self, state: State) -> None:
+        """Lanes as in vector registers, some of them equal; some x87 registers are empty."""
+        rng, rows = self.rng, self._vectors()
+        for number in range(8):
+            low = int.from_bytes(rows[number, :8].tobytes(), "little")
+            state.st[number] = rng.choice((0xFFFF, 0x3FFF, 0)) << 64 | low
+        used = rng.choice((0, 0xFF, rng.getrandbits(8)))
+        state.fptag = full_tags(used, state.fpsw >> 11 & 7, state.st)
 
     def _bit_string(self, state: State) -> None:
         iced = self.insn.iced

@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from iced_x86 import InstructionInfoFactory, OpKind, Register, RegisterExt, RegisterInfo, RflagsBits
 
-from sandbox.cases import Cases, linear_address
+from sandbox.cases import Cases, linear_address, uses_x87
 from sandbox.cpu import DB, PF_, Fault
 from sandbox.decode import FORM_NAMES, Insn
 from sandbox.encodings import encodings
@@ -209,9 +209,7 @@ def _has_avx512() -> bool:
     return NativeCpu.shared().xcr0 & 0xE0 == 0xE0
 
 
-@lru_cache(maxsize=4096)
-def _uses_x87(insn: Insn) -> bool:
-    return any(f.startswith(("FPU", "MMX", "D3NOW")) for f in insn.features)
+_uses_x87 = lru_cache(maxsize=4096)(uses_x87)
 
 
 def _vector_difference(want: bytes, got: bytes) -> str | None:

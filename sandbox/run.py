@@ -22,7 +22,7 @@ from sandbox.trace import summary, tracer
 from sandbox.vm import Vm
 
 BITNESS = {"real": 16, "protected": 32, "long": 64}
-DEFAULT_PACKS = ("integer", "avx2", "x87")
+DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx")
 
 STATUS_TIMEOUT = 124
 STATUS_LIMIT = 125
@@ -46,6 +46,7 @@ def make_vm(options: Namespace, kind: Kind) -> Vm:
     policy = Policy.load(options.policy)
     if options.unhandled:
         policy = policy.with_unhandled(options.unhandled)
+    policy = policy.with_exactness(options.float_flags, options.alignment)
     wanted = list(options.handlers)
     if "none" in wanted:
         wanted = [name for name in wanted if name != "none"]
@@ -106,7 +107,7 @@ def _run(machine: Machine, options: Namespace) -> int:
     vcpu = machine.vcpu
     vcpu.max_exits = options.max_exits
     if options.trace:
-        vcpu.on_trap = tracer(sys.stderr)
+        vcpu.on_trap = tracer(sys.stderr, vcpu.stats)
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
     left: Any = None
     try:

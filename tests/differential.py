@@ -40,6 +40,7 @@ from sandbox.native import (
     missing_features,
 )
 from sandbox.registers import Segment
+from sandbox.xsave import full_tags
 from tests.doubles import DictBank, FlatMemory, make_cpu
 
 FAST_MXCSR = (0x1F80, 0x3F80, 0x5FA0, 0x7F80)
@@ -168,16 +169,20 @@ class HandlerSubject:
         memory: bytes = before.memory
         if self.memory.data != memory:
             memory = bytes(self.memory.data)
+        stack = [self.bank.read(f"st{n}") for n in range(8)]
+        tags = values["fptag"]
+        if not tags:  # as MMX instructions leave it; the native worker tells what is in each
+            tags = full_tags(0xFF, values["fpsw"] >> 11 & 7, stack)
         return State(
             gpr=cpu.gpr.tolist(),
             rflags=values["rflags"],
             mxcsr=values["mxcsr"],
             vectors=cpu.vec.raw.tobytes(),
             opmask=cpu.opmask.tolist(),
-            st=[self.bank.read(f"st{n}") for n in range(8)],
+            st=stack,
             fpcw=values["fpcw"],
             fpsw=values["fpsw"],
-            fptag=values["fptag"],
+            fptag=tags,
             gs_base=before.gs_base,
             memory=memory,
         )
