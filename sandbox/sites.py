@@ -64,6 +64,8 @@ class Sites:
 
     def __init__(self, cpu: Cpu, engine: Engine, settings: Settings) -> None:
         self.by_rip: dict[int, Site] = {}
+        self.not_trapped: set[int] = set()
+        """Addresses behind a trapped instruction at which the engine goes on: a hint only."""
         self.intercepts = Intercepts(cpu, settings.ports)
         self._cpu = cpu
         self._engine = engine
@@ -76,6 +78,7 @@ class Sites:
         """The policy or the handlers changed: forget what was bound."""
         cpu, settings = self._cpu, self._settings
         self.by_rip.clear()
+        self.not_trapped.clear()
         self._kernel = Tier(cpu, settings.kernel, self._kernel.tallies)
         self._emulator = Tier(cpu, settings.emulator, self._emulator.tallies)
         self._tier = Tier(cpu, settings.handlers, self._tier.tallies)
@@ -137,6 +140,20 @@ class Sites:
             site.end = site.at + site.length
             site.generation = self._engine.generation
         return site
+
+    def traps_ahead(self, rip: int) -> bool:
+        """Whether the engine need not be entered at RIP, because it would only trap there.
+
+        To find that out by entering it costs two translations of the block.
+        """
+        try:
+            insn = self.instruction(rip)
+        except (Fault, MmioRead):
+            return False
+        if insn.code and self._engine.traps(insn):
+            return True
+        self.not_trapped.add(rip)
+        return False
 
     def look_mmio(self, rip: int) -> Site:
         """The instruction at RIP for an access to MMIO: the machine's own emulator comes first."""
