@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -171,16 +172,17 @@ def test_the_vector_operations_of_the_handbook_are_operations() -> None:
 # -- lists --------------------------------------------------------------------------------------
 
 
-def table_column(document: str, title: str) -> list[str]:
-    """The first cells of the table whose header row begins with ``title``."""
+def table(document: str, title: str) -> list[list[str]]:
+    """The rows of the table whose header begins with ``title``."""
     lines = text_of(document).splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(f"| {title} |"))
-    rows = []
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append(line.split("|")[1].strip())
-    return rows
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def table_column(document: str, title: str) -> list[str]:
+    """The first cells of that table."""
+    return [row[0] for row in table(document, title)]
 
 
 def test_presets_are_those_of_the_code() -> None:
@@ -191,13 +193,11 @@ def test_presets_are_those_of_the_code() -> None:
 
 
 def test_packs_are_those_of_the_code() -> None:
-    listed = re.search(r"^Packs: (.*?)\n\n", text_of("README.md"), re.DOTALL | re.MULTILINE)
-    assert listed
-    paragraph = re.sub(r"\([^)]*\)", "", listed[1].split(" `sandbox\nrun`")[0])
-    assert set(re.findall(r"`(\w+)`", paragraph)) == set(handlers.PACKS)
-    installs = re.search(r"`sandbox\s+run` installs ([^.]*),\s+and `linux`", listed[1])
-    assert installs
-    assert set(re.findall(r"`(\w+)`", installs[1])) == set(run.DEFAULT_PACKS)
+    installed = {row[0].strip("`"): row[2] for row in table("README.md", "Pack")}
+    assert set(installed) == set(handlers.PACKS)
+    assert {name for name, when in installed.items() if when == "always"} == set(run.DEFAULT_PACKS)
+    for name in handlers.PACKS:
+        assert f"`{name}`" in text_of("CHANGELOG.md")
 
 
 def test_suites_are_those_of_the_code() -> None:
