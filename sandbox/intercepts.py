@@ -15,7 +15,7 @@ from sandbox import events
 from sandbox.abi import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from sandbox.cpu import BP, DB, GP, OF_, Cpu, Fault
 from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, Insn
-from sandbox.exits import Hlt, Io
+from sandbox.exits import GuestException, Hlt, Io
 from sandbox.handler import Action, Exit, Resume
 from sandbox.memory import DeviceRange
 from sandbox.registers import DF, ES, OF, RAX, RCX, RDI, RDX, RSI
@@ -74,7 +74,7 @@ class Intercepts:
             Mnemonic.INT: lambda insn: self._interrupt(insn, insn.iced.immediate8),
             Mnemonic.INT3: lambda insn: self._interrupt(insn, BP),
             Mnemonic.INTO: self._into,
-            Mnemonic.INT1: self._icebp,
+            Mnemonic.INT1: lambda insn: self._interrupt(insn, DB, software=False),
         }
         for size, letter in ((1, "B"), (2, "W"), (4, "D")):
             self._binders[getattr(Mnemonic, f"INS{letter}")] = self._string_binder(size, True)
@@ -98,13 +98,15 @@ class Intercepts:
 
         return run
 
-    def _interrupt(self, insn: Insn, vector: int) -> Action:
+    def _interrupt(self, insn: Insn, vector: int, *, software: bool = True) -> Action:
         cpu = self._cpu
 
-        def run() -> Resume:
+        def run() -> Exit | Resume:
+            if not events.can_deliver(cpu, vector):  # no table at all: it is the caller's
+                return Exit(GuestException(vector))
             after = cpu.rip + insn.length
             system = cpu.services["system_memory"]
-            events.deliver(cpu, system, vector, software=True, next_rip=after)
+            events.deliver(cpu, system, vector, software=software, next_rip=after)
             return Resume(cpu.rip)
 
         return run
@@ -113,16 +115,6 @@ class Intercepts:
         overflow = self._interrupt(insn, OF_)
         cpu = self._cpu
         return lambda: overflow() if cpu.rflags & OF else None
-
-    def _icebp(self, insn: Insn) -> Action:
-        cpu = self._cpu
-
-        def run() -> Resume:
-            after = cpu.rip + insn.length
-            events.deliver(cpu, cpu.services["system_memory"], DB, next_rip=after)
-            return Resume(cpu.rip)
-
-        return run
 
     # -- port IO
 

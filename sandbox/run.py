@@ -119,6 +119,8 @@ def _run(machine: Machine, options: Namespace) -> int:
     except HandlerTimeoutError as error:
         status, message = STATUS_TIMEOUT, f"{error}, at {vcpu.registers.rip:#x}"
     except HandlerError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            raise error.__cause__ from None  # nobody reads the guest's console any more
         status, message = STATUS_HANDLER, f"{error}, at {vcpu.registers.rip:#x}"
     sys.stdout.flush()
     if message:

@@ -289,11 +289,11 @@ class Vcpu:
     def _unhandled(self, site: Site) -> Any:
         """Nobody took the instruction: the capability's table, or the policy's word."""
         settings = self._settings
-        if not settings.handlers:
-            return self._raw_failure()
         if settings.policy.unhandled == "skip" and site.insn.code:
             self._advance(site)
             return None
+        if not settings.handlers:
+            return self._raw_failure()
         if settings.policy.unhandled == "inject" and events.can_deliver(self.cpu):
             return self._inject(Fault(UD))
         return self._failure()
