@@ -102,8 +102,8 @@ class Intercepts:
         cpu = self._cpu
 
         def run() -> Exit | Resume:
-            if not events.can_deliver(cpu, vector):  # no table at all: it is the caller's
-                return Exit(GuestException(vector))
+            if not (events.can_deliver(cpu, vector) or events.can_deliver(cpu, GP)):
+                return Exit(GuestException(vector))  # no table at all: it is the caller's
             after = cpu.rip + insn.length
             system = cpu.services["system_memory"]
             events.deliver(cpu, system, vector, software=software, next_rip=after)
