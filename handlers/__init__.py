@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 PACKS: Final = {
+    "amd": "handlers.amd",
     "avx2": "handlers.avx2",
     "integer": "handlers.integer_pack",
     "linux": "handlers.linux",

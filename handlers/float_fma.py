@@ -94,7 +94,7 @@ def library_is_exact(size: int) -> bool:
     return True
 
 
-def _fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan:
+def fused(product_sign: int, addend_signs: tuple[int, int], order: str) -> Plan:
     """A plan for one operation; ``addend_signs`` of even and odd lanes, 1 for negated.
 
     ``order`` are the digits of the mnemonic: the two factors and the addend among the operands.
@@ -219,13 +219,13 @@ def _bind_integers(
     return exact
 
 
-_ALL: dict[str, tuple[int, tuple[int, int]]] = {
+ALL: dict[str, tuple[int, tuple[int, int]]] = {
     "vfmadd": (0, (0, 0)),
     "vfmsub": (0, (1, 1)),
     "vfnmadd": (1, (0, 0)),
     "vfnmsub": (1, (1, 1)),
 }
-_ALTERNATING: dict[str, tuple[int, tuple[int, int]]] = {
+ALTERNATING: dict[str, tuple[int, tuple[int, int]]] = {
     "vfmaddsub": (0, (1, 0)),
     "vfmsubadd": (0, (0, 1)),
 }
@@ -234,14 +234,14 @@ _ORDERS = ("132", "213", "231")
 FUSED = [
     operation
     for order in _ORDERS
-    for name, signs in _ALL.items()
-    for operation in family(f"{name}{order}", 3, _fused(*signs, order), staged=True)
+    for name, signs in ALL.items()
+    for operation in family(f"{name}{order}", 3, fused(*signs, order), staged=True)
 ]
 FUSED_ALTERNATING = [
     operation
     for order in _ORDERS
-    for name, signs in _ALTERNATING.items()
+    for name, signs in ALTERNATING.items()
     for operation in family(
-        f"{name}{order}", 3, _fused(*signs, order), float_forms.PACKED, staged=True
+        f"{name}{order}", 3, fused(*signs, order), float_forms.PACKED, staged=True
     )
 ]

@@ -22,7 +22,7 @@ from sandbox.trace import summary, tracer
 from sandbox.vm import Vm
 
 BITNESS = {"real": 16, "protected": 32, "long": 64}
-DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx")
+DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx", "amd")
 
 STATUS_TIMEOUT = 124
 STATUS_LIMIT = 125

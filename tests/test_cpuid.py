@@ -92,7 +92,16 @@ def test_a_form_that_needs_two_features_counts_against_the_later() -> None:
 
 def test_forms_of_dark_features_do_not_count() -> None:
     avx512 = {code for name, code in vars(Code).items() if name.startswith("EVEX")}
-    assert "VAES" in features(lambda code: code not in avx512)
+    assert {"VAES", "VPCLMULQDQ", "GFNI"} <= features(lambda code: code not in avx512)
+
+
+@pytest.mark.parametrize(
+    "name", ["EVEX_VAESENC_YMM_YMM_YMMM256", "EVEX_VGF2P8MULB_ZMM_K1Z_ZMM_ZMMM512"]
+)
+def test_evex_forms_of_older_features_count_against_avx512(name: str) -> None:
+    lit = without(name)
+    assert {"VAES", "GFNI"} <= lit
+    assert not {"AVX512F", "AVX512VL"} <= lit
 
 
 def test_exempt_forms_do_not_count() -> None:
