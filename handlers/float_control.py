@@ -9,6 +9,9 @@ from sandbox.handler import Action, Handler
 from sandbox.xsave import MXCSR_MASK
 
 
+def _nothing() -> None: ...
+
+
 class LoadMxcsr(Handler):
     """#GP(0) if a reserved bit is to be set."""
 
@@ -33,7 +36,7 @@ class LoadMxcsr(Handler):
 
 
 class StoreMxcsr(Handler):
-    """The reserved bits are stored as zeros."""
+    """The reserved bits are stored as zeros. The service ``mxcsr_shown`` hears of it."""
 
     name = "float_control.stmxcsr"
     mnemonics = ("stmxcsr", "vstmxcsr")
@@ -44,10 +47,12 @@ class StoreMxcsr(Handler):
         if form is None:
             return None
         guard, address = form.bind_guard(), form.bind_address()
+        shown = cpu.services.get("mxcsr_shown", _nothing)
 
         def action() -> None:
             guard()
             cpu.write_int(address(), cpu.mxcsr & MXCSR_MASK, 4)
+            shown()
 
         return action
 

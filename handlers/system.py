@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from handlers import control, far, far_return, msr, segments, tables, xstate
+from handlers import control, far, far_return, float_control, msr, segments, tables, xstate
 from handlers.integer import bind_operand
 from handlers.msr import TSC, TSC_AUX, msr_values
 from sandbox.cpu import GP, UD, Cpu, Fault
@@ -142,5 +142,5 @@ class Random(Handler):
 PACK = Pack.of(
     "system",
     [cpuid, xgetbv, xsetbv, rdtsc, rdtscp, rdpmc, rdpid, Random()],
-    [xstate, msr, control, tables, segments, far, far_return],
+    [float_control, xstate, msr, control, tables, segments, far, far_return],
 )

@@ -71,6 +71,9 @@ def _add_x87(writes: _Writes, cpu: Cpu, wide: bool) -> None:
 
 def _add_mxcsr(writes: _Writes, cpu: Cpu) -> None:
     writes.add(MXCSR_AT, cpu.mxcsr.to_bytes(4, "little") + MXCSR_MASK.to_bytes(4, "little"))
+    shown = cpu.services.get("mxcsr_shown")
+    if shown is not None:
+        shown()
 
 
 def _checked_mxcsr(legacy: bytes) -> int:

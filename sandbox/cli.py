@@ -60,6 +60,12 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         choices=("inject", "exit", "skip"),
         help="what to do with an instruction that no handler takes (default: the policy's word)",
     )
+    for name, what in (("float-flags", "float exception flags"), ("alignment", "alignment faults")):
+        parser.add_argument(
+            f"--{name}",
+            choices=("lazy", "exact"),
+            help=f"{what}: left out on the fast path, or had from handlers (default: the policy's)",
+        )
     parser.add_argument(
         "--mode", choices=("real", "protected", "long"), default="long", help="16, 32 or 64 bits"
     )

@@ -1,8 +1,8 @@
 """Instructions that the machine takes itself, whatever the policy says, as VMX and SVM intercept.
 
 They leave the guest (HLT, port IO), concern state that only the machine knows whole (CPUID, XSAVE,
-control registers, MSRs) or are events (INT n). No emulation failure is reported for them: in KVM
-they never reach the emulator's limits.
+MXCSR, control registers, MSRs) or are events (INT n). No emulation failure is reported for them: in
+KVM they never reach the emulator's limits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sandbox.memory import DeviceRange
 from sandbox.registers import DF, ES, OF, RAX, RCX, RDI, RDX, RSI
 
 MNEMONICS = frozenset(
+    "ldmxcsr stmxcsr fxsave fxsave64 fxrstor fxrstor64 "
     "hlt in out insb insw insd outsb outsw outsd int int1 int3 into "
     "cpuid xgetbv xsetbv xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves xsaves64 "
     "xrstor xrstor64 xrstors xrstors64 rdmsr wrmsr rdpmc rdtsc rdtscp rdpid rdrand rdseed "

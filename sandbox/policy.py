@@ -4,6 +4,8 @@ A policy file::
 
     extends = "baseline"        # optional: a preset, or a file beside this one
     unhandled = "inject"        # when no handler takes a trapped instruction: inject | exit | skip
+    float_flags = "lazy"        # what the fast path leaves out of MXCSR: see sandbox.side_effects
+    alignment = "lazy"          # #GP of misaligned SSE operands, left out in the same way
 
     [[rule]]
     action = "trap"             # or "allow"
@@ -13,7 +15,8 @@ A policy file::
 A rule holds for an instruction that any of its keys names: ``feature`` (CPUID features by
 iced-x86's names), ``mnemonic``, ``form`` (iced-x86's ``Code`` names, the exact encoding) and
 ``bytes`` (opcode bytes from the first prefix on, ``?`` for any nibble); each is a string or a list,
-``*`` and ``?`` match in mnemonics and forms. The last rule that holds decides; without one the
+``*`` and ``?`` match in mnemonics and forms. With ``operands = "memory"`` (or ``"register"``) it
+holds only where ModRM names memory (or does not). The last rule that holds decides; without one the
 instruction is trapped. Allowing a feature allows what needs no other feature than those allowed so
 far; trapping one traps all that needs it. Bytes that are no instruction are never allowed.
 """
@@ -30,7 +33,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
-from iced_x86 import Code, Instruction, Mnemonic
+from iced_x86 import Code, Instruction, Mnemonic, OpKind
 
 from sandbox.decode import FEATURE_NAMES, FORM_NAMES, MNEMONIC_NAMES, Insn
 from sandbox.errors import PolicyError
@@ -41,9 +44,18 @@ Unhandled: TypeAlias = Literal["inject", "exit", "skip"]
 """What happens to a trapped instruction that no handler takes."""
 UNHANDLED: Final = get_args(Unhandled)
 
-_TOP_KEYS = ("extends", "unhandled", "rule")
+Exactness: TypeAlias = Literal["lazy", "exact"]
+"""Whether a side effect that the fast path lacks is left out and told, or had from handlers."""
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "unhandled": UNHANDLED,
+    "float_flags": get_args(Exactness),
+    "alignment": get_args(Exactness),
+}
+_TOP_KEYS = ("extends", *_CHOICES, "rule")
 _SELECTORS = ("feature", "mnemonic", "form", "bytes")
-_RULE_KEYS = ("action", "comment", *_SELECTORS)
+_OPERANDS = ("memory", "register")
+_RULE_KEYS = ("action", "comment", "operands", *_SELECTORS)
 _ACTIONS = ("allow", "trap")
 _NO_INSTRUCTION: Mapping[str, frozenset[int]] = {
     "feature": frozenset(),
@@ -69,6 +81,13 @@ class Rule:
     forms: frozenset[int] = frozenset()
     bytes: re.Pattern[bytes] | None = None
     """Matches the start of an instruction."""
+    operands: str = ""
+    """``memory`` or ``register``: holds only for instructions with or without such an operand."""
+
+    @property
+    def is_detailed(self) -> bool:
+        """Whether it takes more than the form to know if the rule holds."""
+        return self.bytes is not None or bool(self.operands)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -82,24 +101,48 @@ class Decision:
     rule: Rule | None
 
 
+ALLOW, TRAP, ASK = 0, 1, 2
+"""What an engine does with a form: run it, never run it, ask about each instruction."""
+
+
 class Policy:
     """Ordered rules, compiled to one byte per instruction form.
 
-    ``allowed[insn.code]`` is 1 where the fast path may run the form; it is final unless
-    ``byte_rules`` holds something, then :meth:`allows` must be asked.
+    ``allowed[insn.code]`` is 1 where the fast path may run the form; ``marks[insn.code]`` is ALLOW,
+    TRAP, or ASK where :meth:`allows` must be asked about the instruction.
     """
 
-    def __init__(self, name: str, rules: Iterable[Rule], unhandled: Unhandled = "inject") -> None:
+    def __init__(
+        self,
+        name: str,
+        rules: Iterable[Rule],
+        unhandled: Unhandled = "inject",
+        float_flags: Exactness = "lazy",
+        alignment: Exactness = "lazy",
+    ) -> None:
         self.name = name
         self.rules = tuple(rules)
         self.unhandled: Unhandled = unhandled
+        self.float_flags: Exactness = float_flags
+        self.alignment: Exactness = alignment
         self._deciding = _deciding_rules(self.rules)
-        """By form: the number of the last rule that holds, or -1."""
+        """By form: the number of the last rule that holds whatever the operands, or -1."""
         self.allowed = bytes(i >= 0 and self.rules[i].allow for i in self._deciding)
+        self._detailed = _detailed_rules(self.rules)
         self.byte_rules = tuple((i, r) for i, r in enumerate(self.rules) if r.bytes)
         """(number, rule) of the rules with byte patterns, in order."""
         patterns = [rule.bytes.pattern for _, rule in self.byte_rules if rule.bytes]
         self._any_bytes = re.compile(b"|".join(patterns), re.DOTALL) if patterns else None
+        self.marks = self._marks()
+
+    def _marks(self) -> bytes:
+        if self.byte_rules:
+            return bytes([ASK]) * len(self.allowed)
+        marks = bytearray(ALLOW if allow else TRAP for allow in self.allowed)
+        for code, numbers in self._detailed.items():
+            if numbers[-1] > self._deciding[code]:
+                marks[code] = ASK
+        return bytes(marks)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Policy:
@@ -116,26 +159,49 @@ class Policy:
 
     def with_unhandled(self, unhandled: Unhandled) -> Policy:
         """The same rules with another answer to unhandled instructions."""
-        return Policy(self.name, self.rules, unhandled)
+        return Policy(self.name, self.rules, unhandled, self.float_flags, self.alignment)
+
+    def with_exactness(
+        self, float_flags: Exactness | None = None, alignment: Exactness | None = None
+    ) -> Policy:
+        """The same rules with other choices about side effects; None leaves a choice as it is."""
+        return Policy(
+            self.name,
+            self.rules,
+            self.unhandled,
+            float_flags or self.float_flags,
+            alignment or self.alignment,
+        )
 
     def allows(self, insn: Insn) -> bool:
         """Whether the fast path may run ``insn``."""
-        if self._any_bytes and self._any_bytes.match(insn.raw):
+        if insn.code in self._detailed or (self._any_bytes and self._any_bytes.match(insn.raw)):
             return self.decide(insn).allow
         return bool(self.allowed[insn.code])
 
     def decide(self, insn: Insn) -> Decision:
         """Whether the fast path may run ``insn``, and which rule says so."""
         last = self._deciding[insn.code]
-        for number, rule in reversed(self.byte_rules):
-            if number <= last:
-                break
-            if rule.bytes and rule.bytes.match(insn.raw):
-                last = number
-                break
+        candidates = [n for n in self._detailed.get(insn.code, ()) if n > last]
+        candidates += [
+            number
+            for number, rule in self.byte_rules
+            if number > last and rule.bytes and rule.bytes.match(insn.raw)
+        ]
+        for number in candidates:
+            operands = self.rules[number].operands
+            if not operands or operands == operand_kind(insn):
+                last = max(last, number)
         if last < 0:
             return Decision(False, None)
         return Decision(self.rules[last].allow, self.rules[last])
+
+
+def operand_kind(insn: Insn) -> str:
+    """``memory`` if ModRM names a memory operand, else ``register``."""
+    iced = insn.iced
+    kinds = (iced.op_kind(position) for position in range(iced.op_count))
+    return "memory" if OpKind.MEMORY in kinds else "register"
 
 
 def presets() -> list[str]:
@@ -171,6 +237,8 @@ def _deciding_rules(rules: tuple[Rule, ...]) -> list[int]:
     deciding = [-1] * (max(forms.needs) + 1)
     allowed_features: set[int] = set()
     for number, rule in enumerate(rules):
+        if rule.operands:
+            continue
         if rule.allow:
             allowed_features |= rule.features
         else:
@@ -185,6 +253,23 @@ def _deciding_rules(rules: tuple[Rule, ...]) -> list[int]:
                 if not rule.allow or forms.needs[code] <= allowed_features:
                     deciding[code] = number
     return deciding
+
+
+def _detailed_rules(rules: tuple[Rule, ...]) -> dict[int, list[int]]:
+    """By form: the numbers of the rules about its operands, in order."""
+    forms = _forms()
+    found: dict[int, list[int]] = {}
+    for number, rule in enumerate(rules):
+        if not rule.operands:
+            continue
+        codes = set(rule.forms)
+        for mnemonic in rule.mnemonics:
+            codes.update(forms.of_mnemonic.get(mnemonic, ()))
+        for feature in rule.features:
+            codes.update(forms.of_feature.get(feature, ()))
+        for code in codes:
+            found.setdefault(code, []).append(number)
+    return found
 
 
 # --- from text to rules --------------------------------------------------------------------------
@@ -227,20 +312,22 @@ def _parse(text: str, filename: str, folder: Path | None, chain: tuple[str, ...]
         source.fail(
             1, "no rules, so everything would be trapped; if you want that, extend 'nothing'"
         )
-    unhandled = table.get("unhandled")
-    if unhandled is not None and unhandled not in UNHANDLED:
-        source.fail(
-            source.line_of_key("unhandled"),
-            f"unhandled is {unhandled!r}, want one of {', '.join(UNHANDLED)}",
-            _nearest(unhandled, UNHANDLED),
-        )
     base = _base(source, folder, (*chain, filename)) if "extends" in table else None
-    rules = _rules(source)
-    return Policy(
-        name=Path(filename).stem,
-        rules=(*(base.rules if base else ()), *rules),
-        unhandled=unhandled or (base.unhandled if base else "inject"),
-    )
+    choices = {key: _choice(source, key, base) for key in _CHOICES}
+    rules = (*(base.rules if base else ()), *_rules(source))
+    return Policy(Path(filename).stem, rules, **cast(Any, choices))
+
+
+def _choice(source: PolicySource, key: str, base: Policy | None) -> str:
+    """What a key of the top level chooses: the file's word, that of its base, or the first."""
+    values = _CHOICES[key]
+    value = source.table.get(key)
+    if value is None:
+        return str(getattr(base, key)) if base else values[0]
+    if value not in values:
+        reason = f"{key} is {value!r}, want one of {', '.join(values)}"
+        source.fail(source.line_of_key(key), reason, _nearest(value, values))
+    return str(value)
 
 
 def _base(source: PolicySource, folder: Path | None, chain: tuple[str, ...]) -> Policy:
@@ -259,13 +346,14 @@ def _base(source: PolicySource, folder: Path | None, chain: tuple[str, ...]) -> 
 
 
 def _rules(source: PolicySource) -> list[Rule]:
-    seen: dict[tuple[str, str], tuple[str, int]] = {}
+    seen: dict[tuple[str, str, str], tuple[str, int]] = {}
     rules = []
     for number, (line, table) in enumerate(source.rules()):
         rules.append(_rule(source, number, line, table))
         for key in _SELECTORS:
             for item in _items(table.get(key, [])):
-                action, where = seen.setdefault((key, item), (table["action"], line))
+                named = (key, item, table.get("operands", ""))
+                action, where = seen.setdefault(named, (table["action"], line))
                 if action != table["action"]:
                     source.fail(
                         source.line_of_item(number, item),
@@ -285,6 +373,11 @@ def _rule(source: PolicySource, number: int, line: int, table: Mapping[str, Any]
         what = "the rule has no action" if action is None else f"action is {action!r}"
         at = source.line_of_key("action", number)
         source.fail(at, f"{what}, want 'allow' or 'trap'", _nearest(action, _ACTIONS))
+    operands = table.get("operands", "")
+    if operands and operands not in _OPERANDS:
+        at = source.line_of_key("operands", number)
+        hint = _nearest(operands, _OPERANDS)
+        source.fail(at, f"operands is {operands!r}, want 'memory' or 'register'", hint)
     comment = table.get("comment", "")
     if not isinstance(comment, str):
         at = source.line_of_key("comment", number)
@@ -313,6 +406,7 @@ def _rule(source: PolicySource, number: int, line: int, table: Mapping[str, Any]
         mnemonics=resolve("mnemonic", str.lower),
         forms=resolve("form", str.upper),
         bytes=_bytes(source, number, _items(table.get("bytes", []))),
+        operands=operands,
     )
 
 

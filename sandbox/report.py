@@ -63,6 +63,7 @@ def report_data(left: Any, status: int, registers: Registers, stats: Stats) -> d
         "registers": registers_data(registers),
         "stats": stats_data(stats),
         "by_mnemonic": dict(ranked),
+        "notices": [{"rip": f"{n.rip:#x}", "text": n.text} for n in stats.notices],
     }
 
 

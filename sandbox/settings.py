@@ -25,3 +25,8 @@ class Settings:
     emulator: HandlerTable = field(default_factory=HandlerTable)
     """For instructions that touch MMIO: what KVM's own emulator would do."""
     intercepted: bytes = field(default_factory=intercepted_forms)
+
+    @property
+    def intercepted_codes(self) -> tuple[int, ...]:
+        """The forms (iced-x86 ``Code``) that the machine takes itself."""
+        return tuple(code for code, is_one in enumerate(self.intercepted) if is_one)

@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that the run does not do exactly, met at ``rip``."""
+
+    rip: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.rip:#x}: {self.text}"
+
+
 @dataclass(slots=True)
 class Stats:
     """Where the time went. Seconds by ``time.perf_counter``."""
@@ -13,6 +24,8 @@ class Stats:
     fallback_seconds: float = 0.0
     fallback_count: int = 0
     by_mnemonic: dict[str, int] = field(default_factory=dict)
+    notices: list[Notice] = field(default_factory=list)
+    """What the user should know about this run's exactness."""
 
 
 @dataclass(frozen=True, slots=True)

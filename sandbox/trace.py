@@ -10,10 +10,13 @@ from sandbox.stats import Stats, TraceRecord
 TOP = 12
 
 
-def tracer(out: TextIO) -> Callable[[TraceRecord], None]:
-    """Prints each record to ``out``: rip, bytes, instruction, reason, handler, microseconds."""
+def tracer(out: TextIO, stats: Stats) -> Callable[[TraceRecord], None]:
+    """Prints each record to ``out``: rip, bytes, instruction, reason, handler, microseconds; and
+    each of the run's notices when it comes up."""
+    told = 0
 
     def show(record: TraceRecord) -> None:
+        nonlocal told
         code = record.raw.hex(" ")
         micros = record.seconds * 1e6
         print(
@@ -21,6 +24,9 @@ def tracer(out: TextIO) -> Callable[[TraceRecord], None]:
             f"{record.reason:<18} {record.handler:<28} {micros:8.1f} us",
             file=out,
         )
+        for notice in stats.notices[told:]:
+            print(f"notice: {notice}", file=out)
+        told = len(stats.notices)
 
     return show
 
@@ -43,3 +49,5 @@ def summary(stats: Stats) -> Iterator[str]:
     if len(ranked) > TOP:
         rest = sum(count for _name, count in ranked[TOP:])
         yield f"  {len(ranked) - TOP} others {'':>5} {rest:>12}"
+    for notice in stats.notices:
+        yield f"notice: {notice}"

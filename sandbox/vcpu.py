@@ -29,6 +29,7 @@ from sandbox.handler import Exit as ExitVerdict
 from sandbox.memory import MmioRead
 from sandbox.mmio import MmioCompletion
 from sandbox.settings import Settings
+from sandbox.side_effects import SideEffects
 from sandbox.sites import EXIT_SPAN, Site, Sites
 from sandbox.stats import Stats, TraceRecord
 from sandbox.watchdog import WATCHDOG
@@ -52,6 +53,8 @@ class Vcpu:
         self.thread = 0
         self._settings = settings
         self._sites = Sites(self.cpu, engine, settings)
+        self.side_effects = SideEffects(engine, settings, self.stats, self._sites.invalidate)
+        self.cpu.services["mxcsr_shown"] = self.side_effects.mxcsr_shown
         self._mmio = MmioCompletion(settings.memory, self.page)
         self._answer: Callable[[], Any] | None = None
         self._answer_rip = 0

@@ -160,17 +160,7 @@ class Vm:
         """Bring the engine and the vCPU in line with policy and handlers."""
         if self._engine is None or self.vcpu is None:
             return
-        settings = self._settings
-        allowed = settings.policy.allowed
-        traps = bytes(
-            not (runs and not intercepted)
-            for runs, intercepted in zip(allowed, settings.intercepted, strict=True)
-        )
-        policy = settings.policy
-        asked = (lambda insn: not policy.allows(insn)) if policy.byte_rules else None
-        if policy.byte_rules:
-            traps = settings.intercepted
-        self._engine.set_traps(traps, asked)
+        self.vcpu.side_effects.apply()
         self.vcpu.invalidate()
         self.vcpu.cpu.services["cpuid"] = self._first_cpuid
 

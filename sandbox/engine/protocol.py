@@ -30,6 +30,8 @@ class Engine(Protocol):
     """Runs guest code until something needs the machine."""
 
     registers: Registers
+    on_float_control: Callable[[str, int], None]
+    """Called with name and value after each write of ``mxcsr`` or ``fpcw`` to the registers."""
     memory: PagedMemory
     """Guest memory with the rights of the running code."""
     system_memory: PagedMemory
@@ -50,7 +52,8 @@ class Engine(Protocol):
     def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
         """Which forms (indexed by iced-x86 ``Code``) are never run; takes effect at once.
 
-        ``traps_insn`` is asked about each instruction, if given: for rules about bytes.
+        Items are ``policy.ALLOW``, ``TRAP`` or ``ASK``: of the latter forms ``traps_insn`` is asked
+        about each instruction when its block is translated.
         """
         ...
 
@@ -64,6 +67,10 @@ class Engine(Protocol):
 
     def sync(self) -> None:
         """Drop cached translations if the guest may have changed them; call after each stop."""
+        ...
+
+    def traps(self, insn: Insn) -> bool:
+        """Whether ``insn`` would be trapped, going by its form and its bytes."""
         ...
 
     def close(self) -> None: ...

@@ -46,6 +46,7 @@ from sandbox.engine.unicorn_state import CR0_PG, UnicornBank
 from sandbox.errors import EngineError
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.paging import PagedMemory, Walker
+from sandbox.policy import ASK, TRAP
 
 _MMIO_ERRORS = frozenset(
     {UC_ERR_READ_UNMAPPED, UC_ERR_WRITE_UNMAPPED, UC_ERR_WRITE_PROT, UC_ERR_READ_PROT}
@@ -59,13 +60,23 @@ _INT3 = b"\xcc"  # where a page ends: real INT3s are trapped, so this one can on
 _TWO_BLOCKS = b"\xeb\x00\xf4"  # jmp $+2; hlt
 NEVER_RUN = frozenset(
     {
+        Code.PCMPESTRM_XMM_XMMM128_IMM8,
         Code.PCMPESTRM64_XMM_XMMM128_IMM8,
+        Code.PCMPESTRI_XMM_XMMM128_IMM8,
         Code.PCMPESTRI64_XMM_XMMM128_IMM8,
+        Code.VEX_VPCMPESTRM_XMM_XMMM128_IMM8,
+        Code.VEX_VPCMPESTRI_XMM_XMMM128_IMM8,
         Code.VEX_VPCMPESTRM64_XMM_XMMM128_IMM8,
         Code.VEX_VPCMPESTRI64_XMM_XMMM128_IMM8,
     }
 )
 """Forms that crash Unicorn 2.1.4, and with it the process: trapped whatever the policy says."""
+
+
+
+def _never(_insn: Insn) -> bool:
+    return False
+
 
 FIRST_FLUSHES = 10
 FLUSH_SECONDS = 0.2
@@ -101,7 +112,7 @@ class UnicornEngine:
         self.vector = self.error_code = self.generation = 0
         self._traps = b""
         self._reported: list[int] = []
-        self._traps_insn: Callable[[Insn], bool] | None = None
+        self._traps_insn: Callable[[Insn], bool] = _never
         self._patch: _Patch | None = None
         self._applied: _Patch | None = None
         self._exception = -1
@@ -131,6 +142,14 @@ class UnicornEngine:
     @property
     def bank(self) -> UnicornBank:
         return self._bank
+
+    @property
+    def on_float_control(self) -> Callable[[str, int], None]:
+        return self._bank.on_float_control
+
+    @on_float_control.setter
+    def on_float_control(self, call: Callable[[str, int], None]) -> None:
+        self._bank.on_float_control = call
 
     def _add_hooks(self) -> None:
         call = self._library.call
@@ -295,10 +314,15 @@ class UnicornEngine:
     def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
         table = bytearray(traps)
         for code in NEVER_RUN:
-            table[code] = 1
+            table[code] = TRAP
         self._traps = bytes(table)
-        self._traps_insn = traps_insn
+        self._traps_insn = traps_insn or _never
         self._library.flush_blocks(self._handle)
+
+    def traps(self, insn: Insn) -> bool:
+        """Whether ``insn`` would be trapped, going by its form and its bytes."""
+        mark = self._traps[insn.code]
+        return mark == TRAP or (mark == ASK and self._traps_insn(insn))
 
     def close(self) -> None:
         """Free the engine; it must not be running."""
@@ -379,11 +403,12 @@ class UnicornEngine:
         while at < size:
             decoder.decode_out(instruction)
             seen += 1
-            if traps[instruction.code] or misread(code, at):
+            mark = traps[instruction.code]
+            if mark == TRAP or misread(code, at):
                 return self._make_patch(start, start + at, seen)
             last = at
             at = decoder.position
-            if asked is not None and asked(decode(code[last:at], bitness)):
+            if mark and asked(decode(code[last:at], bitness)):
                 return self._make_patch(start, start + last, seen)
         if at == size and seen == count:
             return None

@@ -64,9 +64,13 @@ _API: dict[str, tuple[int, int]] = {
 
 
 _CONTROL = frozenset({"cr0", "cr3", "cr4"})
+_FLOAT_CONTROL = frozenset({"mxcsr", "fpcw"})
 
 
 def _nothing() -> None: ...
+
+
+def _ignore(_name: str, _value: int) -> None: ...
 
 
 class UnicornBank:
@@ -96,6 +100,8 @@ class UnicornBank:
         self._cr8 = 0
         self.on_control: Callable[[], None] = _nothing
         """Called after a write of CR0, CR3, CR4 or EFER: translations may have changed."""
+        self.on_float_control: Callable[[str, int], None] = _ignore
+        """Called after a write of ``mxcsr`` or ``fpcw``, with the name and the value."""
         self._direct = {f"cr{n}": self.cr_index + n for n in (0, 2, 3, 4)}
         self._direct["efer"] = found.efer // 8
         # Unicorn brings it up to date when it stops and takes it in when it starts. Its API would
@@ -164,6 +170,8 @@ class UnicornBank:
             self._call.uc_reg_write(self._handle, number, self._buffer)
             if name in _CONTROL:
                 self.on_control()
+            elif name in _FLOAT_CONTROL:
+                self.on_float_control(name, value)
         elif name in ("fs_base", "gs_base"):
             self.quads[self._direct[name]] = value
         elif name in _MSRS:
