@@ -29,7 +29,8 @@ def handler_error(handlers: tuple[Handler, ...], insn: Insn, error: BaseExceptio
     """The report of an error that a handler had no right to raise."""
     names = " or ".join(handler.name for handler in handlers)
     what = f"'{insn.text()}' ({insn.raw.hex(' ')})"
-    return HandlerError(f"handler {names} failed on {what}: {type(error).__name__}: {error}")
+    reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+    return HandlerError(f"handler {names} failed on {what}: {reason}")
 
 
 def timeout_error(handlers: tuple[Handler, ...], insn: Insn) -> HandlerTimeoutError:

@@ -70,7 +70,7 @@ def _from_file(path: Path) -> Pack:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise SandboxError(f"{path}: {type(error).__name__}: {error}") from error
     pack = _as_pack(name, module)

@@ -225,7 +225,7 @@ class Vcpu:
         if isinstance(error, HandlerTimeout):
             raise timeout_error(handlers, insn) from error
         if isinstance(error, (SandboxError, events.TripleFault)) or not isinstance(
-            error, Exception
+            error, (Exception, SystemExit)
         ):
             raise error
         raise handler_error(handlers, insn, error) from error
@@ -245,6 +245,9 @@ class Vcpu:
             return self._inject(Fault(verdict.vector, verdict.error_code))
         if isinstance(verdict, Decline):
             return self._unhandled(site)
+        if not isinstance(verdict, ExitVerdict):
+            wrong = TypeError(f"it returned {verdict!r}, which is no verdict")
+            raise handler_error(site.handlers, site.insn, wrong)
         return self._exit_verdict(verdict)
 
     def _exit_verdict(self, verdict: ExitVerdict) -> Any:
