@@ -66,6 +66,9 @@ class VirtualMemory(Protocol):
         ...
 
 
+_ALL = slice(None)
+
+
 class Cpu:
     """One virtual CPU as a handler sees it."""
 
@@ -83,8 +86,8 @@ class Cpu:
         self.services: dict[str, Any] = {}
         """State that a pack keeps per vCPU (the Linux pack its process), by pack name."""
         self._undo: list[Callable[[], None]] | None = None
-        self._images = registers.images
-        self._saved: tuple[bytes, ...] = ()
+        self._saved = tuple(memoryview(bytearray(len(image))) for image in registers.images)
+        self._copies = tuple(zip(self._saved, registers.images, strict=True))
         self._logged_write = self._write_undoable
         self._plain_write = memory.write
 
@@ -140,7 +143,8 @@ class Cpu:
     def begin(self) -> None:
         """From here on, :meth:`rollback` can undo what is written to GPRs, RIP, RFLAGS, MXCSR,
         vectors, opmasks and memory (RAM; what a device was told stays told)."""
-        self._saved = tuple(map(bytes, self._images))
+        for saved, image in self._copies:
+            saved[_ALL] = image
         self._undo = []
         self.write = self._logged_write
 
@@ -155,8 +159,8 @@ class Cpu:
         self.commit()
         for step in reversed(undo):
             step()
-        for image, saved in zip(self._images, self._saved, strict=True):
-            image[:] = saved
+        for saved, image in self._copies:
+            image[_ALL] = saved
 
     def _write_undoable(self, address: int, data: bytes) -> None:
         self.memory.check_write(address, len(data))

@@ -121,8 +121,11 @@ class FunctionHandler(Handler):
         mnemonics: Iterable[str] = (),
         forms: Iterable[str] = (),
         patterns: Iterable[str] = (),
+        *,
+        restartable: bool = False,
     ) -> None:
         self.function = function
+        self.restartable = restartable
         self.name = f"{function.__module__}.{function.__qualname__}"
         self.mnemonics = tuple(mnemonics)
         self.forms = tuple(forms)
@@ -138,14 +141,20 @@ class FunctionHandler(Handler):
 
 
 def handler(
-    *mnemonics: str, form: str | Iterable[str] = (), pattern: str | Iterable[str] = ()
+    *mnemonics: str,
+    form: str | Iterable[str] = (),
+    pattern: str | Iterable[str] = (),
+    restartable: bool = False,
 ) -> Callable[[Callable[[Cpu, Insn], Verdict | None]], FunctionHandler]:
-    """Make a function a handler, for mnemonics, exact forms (iced-x86 names) or byte patterns."""
+    """Make a function a handler, for mnemonics, exact forms (iced-x86 names) or byte patterns.
+
+    ``restartable``: it writes nothing before its last check has passed (see :class:`Handler`).
+    """
     forms = (form,) if isinstance(form, str) else tuple(form)
     patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
 
     def decorate(function: Callable[[Cpu, Insn], Verdict | None]) -> FunctionHandler:
-        return FunctionHandler(function, mnemonics, forms, patterns)
+        return FunctionHandler(function, mnemonics, forms, patterns, restartable=restartable)
 
     return decorate
 

@@ -60,6 +60,7 @@ class Vcpu:
         self._answer_rip = 0
         self._pending_ud: int | None = None
         self._asked = False
+        self._trapped = self._bind_trapped()
 
     # -- what the user calls ----------------------------------------------------------------------
 
@@ -116,21 +117,20 @@ class Vcpu:
             )
 
     def _run(self) -> Any:
+        self._trapped = self._bind_trapped()
         left = self._complete()
         enter, trapped, insn = self.engine.enter, self._trapped, Stop.INSN
         clock = time.perf_counter
-        fast = slow = 0.0
+        slow = 0.0
         start = clock()
         try:
             while left is None:
                 stop = enter()
                 middle = clock()
-                fast += middle - start
                 left = trapped() if stop is insn else self._stopped(stop)
-                start = clock()
-                slow += start - middle
+                slow += clock() - middle
         finally:
-            self.stats.fast_seconds += fast
+            self.stats.fast_seconds += clock() - start - slow
             self.stats.fallback_seconds += slow
         return left
 
@@ -150,52 +150,60 @@ class Vcpu:
                 return self._inject(Fault(UD))
         return None
 
-    def _trapped(self) -> Any:
-        """Handle the instruction at RIP, and those after it as long as they are trapped too."""
-        self.engine.sync()
-        rip_view, sites, engine = self.registers.rip_view, self._sites.by_rip, self.engine
+    def _bind_trapped(self) -> Callable[[], Any]:
+        """Compile the handling of trapped instructions: what it needs is looked up once a run."""
+        sync, engine, look = self.engine.sync, self.engine, self._sites.look
+        rip_view, sites = self.registers.rip_view, self._sites.by_rip
+        not_trapped, traps_ahead = self._sites.not_trapped, self._sites.traps_ahead
         run_bytes, stats, memory = self.page.bytes, self.stats, self._settings.memory
-        plain = self.on_trap is None and self.max_exits is None
-        first = True
-        while True:
+        span, plain = EXIT_SPAN, self.on_trap is None and self.max_exits is None
+
+        def trapped() -> Any:
+            """Handle the instruction at RIP, and those after it as long as they are trapped."""
+            sync()
+            first = True
             rip = rip_view[0]
-            site = sites.get(rip)
-            if (
-                site is None
-                or site.generation != engine.generation
-                or site.host[site.at : site.end] != site.raw
-            ):
-                if not first:
-                    return None  # other bytes, perhaps allowed ones: the engine decides
-                try:
-                    site = self._sites.look(rip)
-                except Fault as fault:
-                    return self._inject(fault)
-                except MmioRead:
-                    return self._fetch_failure()
-            run_bytes[EXIT_SPAN] = site.page
-            stats.fallback_count += 1
-            if plain:
-                try:
-                    verdict = site.run()
-                except BaseException as error:  # noqa: BLE001 - sorted out, or raised again
-                    left = self._failed(site, error)
-                else:
-                    site.tally.count += 1
-                    if verdict is None and not memory.mmio_used:
-                        rip_view[0] = (rip_view[0] + site.length) & site.rip_mask
-                        left = None
+            while True:
+                site = sites.get(rip)
+                if (
+                    site is None
+                    or site.generation != engine.generation
+                    or site.host[site.at : site.end] != site.raw
+                ):
+                    if not first:
+                        return None  # other bytes, perhaps allowed ones: the engine decides
+                    try:
+                        site = look(rip)
+                    except Fault as fault:
+                        return self._inject(fault)
+                    except MmioRead:
+                        return self._fetch_failure()
+                run_bytes[span] = site.page
+                stats.fallback_count += 1
+                if plain:
+                    try:
+                        verdict = site.run()
+                    except BaseException as error:  # noqa: BLE001 - sorted out, or raised again
+                        left = self._failed(site, error)
                     else:
-                        left = self._done(site, verdict)
-            else:
-                left = self._watched_step(site, rip)
-            if left is not None:
-                return left
-            if self._asked:
-                return self._deliver_exit(Intr())
-            if rip_view[0] not in sites:
-                return None
-            first = False
+                        site.tally.count += 1
+                        if verdict is None and not memory.mmio_used:
+                            rip_view[0] = (rip_view[0] + site.length) & site.rip_mask
+                            left = None
+                        else:
+                            left = self._done(site, verdict)
+                else:
+                    left = self._watched_step(site, rip)
+                if left is not None:
+                    return left
+                if self._asked:
+                    return self._deliver_exit(Intr())
+                rip = rip_view[0]
+                first = rip not in sites
+                if first and (rip in not_trapped or not traps_ahead(rip)):
+                    return None
+
+        return trapped
 
     def _step(self, site: Site) -> Any:
         """Run one instruction in the tier; what :meth:`run` returns, or None to go on."""
