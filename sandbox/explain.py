@@ -21,7 +21,7 @@ class Line:
 
     ``allow``: the fast path runs it; otherwise ``handlers`` are asked in this order, and
     ``unhandled`` happens if there are none. ``rule`` None: no rule names the instruction.
-    ``barred`` says why it never runs on the fast path, if that is so under every policy.
+    ``barred`` says why it is trapped whatever the rules say, if it is.
     """
 
     address: int
@@ -87,9 +87,9 @@ def explain(
 ) -> Iterator[Line]:
     """Go through ``data`` instruction by instruction, as if it stood at ``address``.
 
-    ``resolve`` gives the names of the handlers of an instruction, ``bar`` why no policy can allow
-    it ("" if one can), ``decode`` the instruction that bytes begin with. Where nothing decodes, one
-    byte is shown and skipped.
+    ``resolve`` gives the names of the handlers of an instruction, ``bar`` why it is trapped
+    whatever the rules say ("" if they decide), ``decode`` the instruction that bytes begin with.
+    Where nothing decodes, one byte is shown and skipped.
     """
     at = 0
     while at < len(data):

@@ -15,8 +15,10 @@ from sandbox.errors import SandboxError
 from sandbox.explain import explain, parse_hex, table
 from sandbox.fallback import Tier
 from sandbox.intercepts import Intercepts
+from sandbox.policy import operand_kind
 from sandbox.run import BITNESS, make_vm
 from sandbox.settings import Settings
+from sandbox.side_effects import aligned_forms, sse_float_forms, x87_float_forms
 
 MACHINE = "the machine"
 """Who takes an intercepted instruction for which no handler is needed."""
@@ -56,7 +58,10 @@ def _resolver(cpu: Cpu, settings: Settings) -> Callable[[Insn], list[str]]:
 
 
 def _bar(settings: Settings) -> Callable[[Insn], str]:
-    """Why an instruction runs on the fast path under no policy; "" if one may allow it."""
+    """Why an instruction is trapped whatever the policy's rules say; "" if they decide."""
+    policy = settings.policy
+    floats = frozenset((*sse_float_forms(), *x87_float_forms()))
+    aligned = frozenset(aligned_forms())
 
     def bar(insn: Insn) -> str:
         if insn.code and settings.intercepted[insn.code]:
@@ -65,6 +70,10 @@ def _bar(settings: Settings) -> Callable[[Insn], str]:
             return "crashes Unicorn"
         if MISREAD[insn.bitness].match(insn.raw):
             return "Unicorn takes these bytes for another instruction"
+        if policy.float_flags == "exact" and insn.code in floats:
+            return 'float_flags = "exact"'
+        if policy.alignment == "exact" and insn.code in aligned:
+            return 'alignment = "exact"' if operand_kind(insn) == "memory" else ""
         return ""
 
     return bar

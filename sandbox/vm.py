@@ -10,7 +10,6 @@ from typing import Self
 
 from sandbox import abi
 from sandbox.cpuid import CpuidModel, Leaf, features
-from sandbox.decode import Insn
 from sandbox.engine.unicorn import UnicornEngine
 from sandbox.errors import KvmError, MemoryMapError, SandboxError
 from sandbox.fallback import HandlerTable
@@ -136,14 +135,6 @@ class Vm:
         if settings.intercepted[code]:
             return settings.kernel.takes(code) or settings.handlers.takes(code)
         return bool(settings.policy.allowed[code]) or settings.handlers.takes(code)
-
-    def handler_names(self, insn: Insn) -> list[str]:
-        """The handlers that are asked for ``insn`` when it is trapped, in order."""
-        settings = self._settings
-        found = settings.handlers.find(insn)
-        if not found and settings.intercepted[insn.code]:
-            found = settings.kernel.find(insn)
-        return [handler.name for handler in found]
 
     @property
     def engine(self) -> UnicornEngine:

@@ -123,6 +123,24 @@ def test_the_command_knows_what_no_policy_can_allow(
     assert why in row
 
 
+@pytest.mark.parametrize(
+    ("option", "code", "why"),
+    [
+        ("--float-flags", "0f58c1", 'float_flags = "exact"'),
+        ("--float-flags", "d9fa", 'float_flags = "exact"'),
+        ("--alignment", "660ffe00", 'alignment = "exact"'),
+    ],
+)
+def test_exact_side_effects_trap(
+    option: str, code: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value, place in (("lazy", "fast path"), ("exact", "trap")):
+        assert main(["explain", option, value, code]) == 0
+        row = capsys.readouterr().out.splitlines()[1]
+        assert f"  {place}  " in row
+        assert (why in row) == (value == "exact")
+
+
 def test_handlers_that_decline_a_form_are_not_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--handlers", "none", "--handlers", "x87", "c5f5fec2"]) == 0
     assert "none: #UD in the guest" in capsys.readouterr().out
