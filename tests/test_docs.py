@@ -228,6 +228,8 @@ def test_policy_keys_are_those_of_the_code() -> None:
 
     keys = table_column("docs/policy.md", "Key of a rule")
     assert sorted(keys) == sorted(f"`{key}`" for key in policy._RULE_KEYS)
+    for key in policy._TOP_KEYS:
+        assert re.search(rf"`{key}`|^{key} = |\[\[{key}\]\]", text_of("docs/policy.md"), re.M), key
     for answer in policy.UNHANDLED:
         assert f'`"{answer}"`' in text_of("docs/policy.md")
 
