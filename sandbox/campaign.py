@@ -12,7 +12,7 @@ from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
-from sandbox.campaign_worker import Finding
+from sandbox.campaign_worker import Finding as Finding
 from sandbox.decode import FORM_NAMES
 from sandbox.errors import SandboxError
 

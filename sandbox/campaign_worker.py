@@ -10,13 +10,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from iced_x86 import OpKind
+
 from sandbox.cases import Cases
 from sandbox.conformance import Subject, Verdict, check, not_comparable
-from sandbox.decode import FORM_NAMES, Insn
-from sandbox.encodings import encodings
+from sandbox.decode import FORM_NAMES, DecodeError, Insn, decode
+from sandbox.encodings import encodings, info_of
 from sandbox.gaps import has_memory_operand, reconcile
 from sandbox.golden import Record, make_record, reduced
 from sandbox.native import NativeCpu, missing_features
@@ -38,6 +41,8 @@ class Finding:
     operands: str
     cases: int = 0
     differences: int = 0
+    completed: int = 0
+    """Cases in which the instruction did not fault on hardware."""
     gaps: dict[str, int] = field(default_factory=dict)
     skipped: str = ""
     declined: int = 0
@@ -57,7 +62,7 @@ def compare_form(
         yield Finding(name, tier, "", skipped=reason)
         return
     try:
-        every = list(encodings(code))
+        every = [variant for insn in encodings(code) for variant in _prefixed(insn)]
     except ValueError as error:  # branches, mostly
         yield Finding(name, tier, "", skipped=str(error).split(": ")[-1])
         return
@@ -78,6 +83,19 @@ def compare_form(
     yield from findings.values()
 
 
+def _prefixed(insn: Insn) -> Iterator[Insn]:
+    """The instruction, and the same with REP, REPNE or LOCK where these mean something."""
+    yield insn
+    prefixes = b"\xf3\xf2" if insn.iced.is_string_instruction else b""
+    if info_of(insn.code).can_use_lock_prefix and insn.iced.op0_kind == OpKind.MEMORY:
+        prefixes = b"\xf0"
+    for prefix in prefixes:
+        with suppress(DecodeError):
+            found = decode(bytes([prefix]) + insn.raw, 64)
+            if found.code == insn.code:
+                yield found
+
+
 def _compare(
     subject: Subject, tier: str, insn: Insn, finding: Finding, cases: int, seed: int
 ) -> None:
@@ -92,6 +110,7 @@ def _compare(
         return
     finding.cases += verdict.cases
     finding.differences += verdict.differences
+    finding.completed += verdict.completed
     for gap, count in verdict.gaps.items():
         finding.gaps[gap] = finding.gaps.get(gap, 0) + count
     if verdict.example and not finding.first:

@@ -34,6 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="run a guest", description=_RUN))
     _add_explain(commands.add_parser("explain", help="say where each instruction runs and why"))
     _add_bench(commands.add_parser("bench", help="measure the sandbox against its peers"))
+    conformance = commands.add_parser(
+        "conformance", help="compare fast path and handlers with this CPU", description=_CONFORMANCE
+    )
+    _add_conformance(conformance)
     return parser
 
 
@@ -111,6 +115,31 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_bench)
 
 
+_CONFORMANCE = (
+    "Run each instruction form on the same prepared states on the fast path, in the handlers and "
+    "on this CPU, and say what differs. Status 1 if a handler differs."
+)
+
+
+def _add_conformance(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--forms", default="", metavar="REGEX", help="forms whose name matches")
+    add("--features", nargs="+", metavar="NAME", help="forms that need no other CPUID features")
+    add("--tier", choices=("fast", "handlers", "both"), default="both", help="what to compare")
+    add("--cases", type=_count, default=16, metavar="N", help="states per encoding (16)")
+    add("--seconds", type=_seconds, metavar="S", help="stop after this time")
+    add("--seed", type=int, default=0, help="of the random states")
+    add("--jobs", type=_count, metavar="N", help="processes (default: one per CPU)")
+    add("--handlers", action="append", metavar="NAME", help="packs (default: those of `run`)")
+    add("--full", action="store_true", help="print the first difference of each form in full")
+    add("--date", default="undated", help="to be written into what is made")
+    add("--data", metavar="FILE", help="take the data of an earlier run instead of comparing")
+    add("--json", metavar="FILE", help="write the data")
+    add("--write-policy", metavar="FILE", help="write a policy that allows what is right")
+    add("--write-known-wrong", metavar="FILE", help="write the page of what is wrong")
+    parser.set_defaults(command=_conformance)
+
+
 def _number(text: str) -> int:
     try:
         return int(text, 0)
@@ -151,6 +180,12 @@ def _explain(options: argparse.Namespace) -> int:
     from sandbox.explain_command import explain_command
 
     return explain_command(options)
+
+
+def _conformance(options: argparse.Namespace) -> int:
+    from sandbox.conformance_command import conformance_command
+
+    return conformance_command(options)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -290,6 +290,8 @@ class Verdict:
     seconds: float = 0.0
     declined: set[str] = field(default_factory=set)
     """Encodings of the form that the subject does not emulate, as hex."""
+    completed: int = 0
+    """Cases in which the instruction did not fault on hardware."""
     gaps: dict[str, int] = field(default_factory=dict)
     """How often a known gap explained a difference, by its name."""
     example: tuple[Insn, State] | None = None
@@ -327,6 +329,7 @@ def check(
                     for gap in gaps:
                         verdict.gaps[gap] = verdict.gaps.get(gap, 0) + 1
         verdict.cases += 1
+        verdict.completed += native.fault is None
         if found:
             verdict.differences += 1
             if verdict.example is None:

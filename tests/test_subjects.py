@@ -21,7 +21,7 @@ LAZY = (0x1F80, 0x3F80, 0x5F80, 0x7F80)
 
 @pytest.fixture(scope="module")
 def stage() -> Stage:
-    return Stage(("integer", "avx2"))
+    return Stage(("integer", "avx2", "mmx", "x87"))
 
 
 @native
@@ -33,7 +33,7 @@ def test_the_fast_path_does_what_hardware_does_but_for_the_gaps(stage: Stage, co
 
 
 @native
-@pytest.mark.parametrize("code", ["0106", "c5f5fe06", "c5f45806", "480fafca"])
+@pytest.mark.parametrize("code", ["0106", "c5f5fe06", "c5f45806", "480fafca", "0ffeca", "d8c1"])
 def test_handlers_do_what_hardware_does_on_the_real_register_file(stage: Stage, code: str) -> None:
     insn = decode(bytes.fromhex(code), 64)
     verdict = check(HandlerTier(stage), insn, Cases(insn).take(200))

@@ -28,7 +28,7 @@ def bench_command(options: Namespace) -> int:
     if options.json:
         data = {
             "python": platform.python_version(),
-            "machine": _processor(),
+            "machine": processor(),
             "unicorn": version("unicorn"),
             "figures": [asdict(figure) for figure in figures],
         }
@@ -36,7 +36,7 @@ def bench_command(options: Namespace) -> int:
     return 0
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

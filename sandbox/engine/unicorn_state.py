@@ -59,9 +59,13 @@ _API: dict[str, tuple[int, int]] = {
     **{f"cr{n}": (getattr(x86, f"UC_X86_REG_CR{n}"), 8) for n in (0, 2, 3, 4)},
     **{f"dr{n}": (getattr(x86, f"UC_X86_REG_DR{n}"), 8) for n in range(8)},
     **{f"st{n}": (getattr(x86, f"UC_X86_REG_ST{n}"), 10) for n in range(8)},
-    **{f"mm{n}": (getattr(x86, f"UC_X86_REG_MM{n}"), 8) for n in range(8)},
+    **{f"fp{n}": (getattr(x86, f"UC_X86_REG_FP{n}"), 10) for n in range(8)},
 }
 
+
+_MMX = {f"mm{n}": f"fp{n}" for n in range(8)}
+"""MMX registers are the low 64 bits of the x87 registers by physical number."""
+_MMX_UPPER = 0xFFFF << 64
 
 _CONTROL = frozenset({"cr0", "cr3", "cr4"})
 _FLOAT_CONTROL = frozenset({"mxcsr", "fpcw"})
@@ -149,6 +153,8 @@ class UnicornBank:
             return self.quads[direct]
         if name == "mxcsr":
             return self.words[self._layout.mxcsr // 4]
+        if name in _MMX:
+            return self.read(_MMX[name]) & 0xFFFF_FFFF_FFFF_FFFF
         number = self._ids.get(name)
         if number is not None:
             self._call.uc_reg_read(self._handle, number, self._buffer)
@@ -174,6 +180,8 @@ class UnicornBank:
                 self.on_float_control(name, value)
         elif name in ("fs_base", "gs_base"):
             self.quads[self._direct[name]] = value
+        elif name in _MMX:
+            self.write(_MMX[name], _MMX_UPPER | value)
         elif name in _MSRS:
             struct.pack_into("<IxxxxQ", self._buffer, 0, _MSRS[name], value)
             self._call.uc_reg_write(self._handle, x86.UC_X86_REG_MSR, self._buffer)

@@ -1,0 +1,130 @@
+"""The command ``sandbox conformance``: fast path, handlers and host CPU, form by form."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sandbox.bench.command import processor
+from sandbox.campaign import Campaign, Finding
+from sandbox.decode import FORM_NAMES
+from sandbox.encodings import all_forms, forms_with
+from sandbox.engine.unicorn_library import library
+from sandbox.errors import SandboxError
+from sandbox.native import NativeCpu
+from sandbox.run import DEFAULT_PACKS
+from sandbox.verified import write_known_wrong, write_policy
+
+TIERS = {"fast": ("fast",), "handlers": ("handlers",), "both": ("fast", "handlers")}
+
+
+def conformance_command(options: Namespace) -> int:
+    """Compare, print a line per form that differs, write what is asked for; the exit status."""
+    if options.data:
+        data = read_data(Path(options.data))
+        findings = [Finding(**found) for found in data["findings"]]
+    else:
+        reason = NativeCpu.available()
+        if reason:
+            print(f"skipped: {reason}", file=sys.stderr)
+            return 0
+        findings = list(_run(options))
+        data = {
+            "processor": processor(),
+            "unicorn": ".".join(map(str, library().version)),
+            "date": options.date,
+            "seed": options.seed,
+            "findings": [_compact(finding) for finding in findings],
+        }
+    _print_summary(findings)
+    if options.json:
+        Path(options.json).write_text(json.dumps(data, indent=0) + "\n")
+    if options.write_policy:
+        write_policy(Path(options.write_policy), data, findings)
+    if options.write_known_wrong:
+        write_known_wrong(Path(options.write_known_wrong), data, findings)
+    return int(any(f.differences and f.tier == "handlers" for f in findings))
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote with ``--json``."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        return data
+    except (OSError, ValueError) as error:
+        raise SandboxError(f"{path}: cannot read this data: {error}") from None
+
+
+def _compact(finding: Finding) -> dict[str, Any]:
+    return {key: value for key, value in asdict(finding).items() if value}
+
+
+def _choose(options: Namespace) -> list[int]:
+    codes: Iterable[int] = forms_with(*options.features) if options.features else all_forms()
+    try:
+        wanted = re.compile(options.forms, re.IGNORECASE)
+    except re.error as error:
+        raise SandboxError(f"--forms {options.forms!r}: {error}") from None
+    found = [code for code in codes if wanted.search(FORM_NAMES[code])]
+    if not found:
+        raise SandboxError("no instruction form fits --forms and --features")
+    return found
+
+
+def _run(options: Namespace) -> Iterator[Finding]:
+    codes = _choose(options)
+    requests = [(tier, code) for code in codes for tier in TIERS[options.tier]]
+    started = shown = time.monotonic()
+    total = 0
+    packs = options.handlers or DEFAULT_PACKS
+    with Campaign(packs, options.jobs) as campaign:
+        answers = campaign.run(requests, options.cases, options.seed)
+        for number, findings in enumerate(answers, 1):
+            for finding in findings:
+                total += finding.cases
+                if finding.differences:
+                    print(line_of(finding), flush=True)
+                    if options.full:
+                        print(finding.first, flush=True)
+                yield finding
+            now = time.monotonic()
+            if now - shown > 1 and sys.stderr.isatty():
+                shown = now
+                print(f"\r{number} of {len(requests)}, {total} cases ", end="", file=sys.stderr)
+            if options.seconds and now - started > options.seconds:
+                left = len(requests) - number
+                print(f"time is over: {left} of {len(requests)} not compared", file=sys.stderr)
+                return
+
+
+def line_of(finding: Finding) -> str:
+    """A finding in one line of text."""
+    first = finding.first.partition("\n")[0]
+    name = f"{finding.form} {finding.operands}"
+    return f"{finding.tier:<8} {name:<52} {finding.cases:>6} {finding.differences:>6}  {first}"
+
+
+def _print_summary(findings: list[Finding]) -> None:
+    for tier in ("fast", "handlers"):
+        mine = [f for f in findings if f.tier == tier]
+        if not mine:
+            continue
+        cases, differences = (sum(getattr(f, n) for f in mine) for n in ("cases", "differences"))
+        print(
+            f"{tier}: {cases} cases of {len({f.form for f in mine if f.cases})} forms, "
+            f"{differences} differences in {len({f.form for f in mine if f.differences})} forms; "
+            f"{len({f.form for f in mine if f.skipped})} forms cannot be compared here"
+        )
+        gaps: dict[str, int] = {}
+        for finding in mine:
+            for gap, count in finding.gaps.items():
+                gaps[gap] = gaps.get(gap, 0) + count
+        for gap, count in sorted(gaps.items()):
+            print(f"  gap {gap}: {count} cases")
