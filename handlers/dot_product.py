@@ -6,49 +6,60 @@ SDM Vol. 2: VPDPB*, VPDPW*, VPMADD52*.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
+from handlers.arithmetic import saturate_into
 from handlers.operands import Form, Lanes, Step
 from handlers.vector import Extent, Operation, Plan, planned
 
 
-def _accumulate(limits: tuple[int, int] | None) -> Plan:
-    """``total + sum of products``, one sum per 32 bits, exact; saturated to ``limits`` or cut.
+def _accumulate(*, saturate: bool) -> Plan:
+    """``total + sum of products``, one sum per 32 bits; saturated or cut.
 
-    The first source is the destination, the other two are rows of the lanes of one sum.
+    The first source is the destination. What is cut may wrap on the way.
     """
 
     def plan(form: Form, total: Lanes, a: Lanes, b: Lanes, out: Lanes) -> Step:
-        products, sums = np.zeros(a.shape, "i8"), np.zeros(len(out), "i8")
-        multiply = partial(np.multiply, a, b, products, dtype="i8")
+        wide_a, wide_b = np.empty((2, len(a)), "i8" if saturate else out.dtype)
+        accumulator = np.empty(len(out), wide_a.dtype)
+        sums = [wide_a]
+        while len(sums[-1]) > len(out):
+            sums.append(np.empty(len(sums[-1]) // 2, wide_a.dtype))
+        adds = [partial(np.add, n[::2], n[1::2], m) for n, m in pairwise(sums)]
+        store = saturate_into(accumulator, out)
+
+        def multiply() -> None:
+            wide_a[...] = a
+            wide_b[...] = b
+            np.multiply(wide_a, wide_b, wide_a)
+            for add in adds:
+                add()
 
         def step() -> None:
             multiply()
-            products.sum(1, None, sums)
-            np.add(sums, total, sums)
-            if limits:
-                np.clip(sums, *limits, sums)
-            out[...] = sums
+            np.add(sums[-1], total, out)
 
-        return step
+        def step_saturating() -> None:
+            multiply()
+            accumulator[...] = total
+            np.add(sums[-1], accumulator, accumulator)
+            store()
+
+        return step_saturating if saturate else step
 
     return plan
-
-
-_SIGNED = (-1 << 31, (1 << 31) - 1)
-_UNSIGNED = (0, (1 << 32) - 1)
 
 
 def _dot_product(name: str, size: int, signs: str) -> list[Operation]:
     """The cutting and the saturating form; ``signs`` (u, i) are those of the two factors."""
     total = "u4" if signs == "uu" else "i4"
-    limits = _UNSIGNED if signs == "uu" else _SIGNED
-    first, second = (f"{sign}{size}x{4 // size}" for sign in signs)
+    first, second = (f"{sign}{size}" for sign in signs)
     signature = f"{total},{first},{second}->{total}"
     return [
-        planned(name, signature, _accumulate(None), Extent.WHOLE),
-        planned(f"{name}s", signature, _accumulate(limits), Extent.WHOLE),
+        planned(name, signature, _accumulate(saturate=False), Extent.WHOLE),
+        planned(f"{name}s", signature, _accumulate(saturate=True), Extent.WHOLE),
     ]
 
 

@@ -13,23 +13,47 @@ import numpy as np
 from handlers import softfloat as soft
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import F16, F32, MASKS
-from handlers.vector import Extent, Plan, lanewise, planned
+from handlers.vector import Extent, Plan, operation, planned
 
-_QUIET = np.uint32(F32.quiet >> 16)
-_ONE, _HALF, _SIXTEEN = np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
-_SIGN, _MAGNITUDE = np.uint32(F32.sign), np.uint32(F32.magnitude)
-_INFINITY, _MIN_NORMAL = np.uint32(F32.infinity), np.uint32(F32.min_normal)
+_LOWEST, _SPAN = np.uint32(F32.min_normal), np.uint32(F32.infinity - F32.min_normal)
+"""A magnitude is a normal number if it is at least the first and less than the sum of both."""
 
 
-def to_bfloat16(a: Lanes, out: Lanes) -> None:
-    """Round to nearest even; denormals become zeros, NaNs quiet. Lanes as bit patterns."""
-    magnitude = a & _MAGNITUDE
-    rounded = a + _HALF + (a >> _SIXTEEN & _ONE) >> _SIXTEEN
-    rounded = np.where(magnitude > _INFINITY, a >> _SIXTEEN | _QUIET, rounded)
-    out[...] = np.where(magnitude < _MIN_NORMAL, (a & _SIGN) >> _SIXTEEN, rounded)
+def _to_brain(bits: int) -> int:
+    """Round to nearest even; denormals become zeros, NaNs quiet."""
+    if bits & F32.magnitude > F32.infinity:
+        return bits >> 16 | F32.quiet >> 16
+    if bits & F32.magnitude < F32.min_normal:
+        return (bits & F32.sign) >> 16
+    return bits + 0x7FFF + (bits >> 16 & 1) >> 16
 
 
-TO_BFLOAT16 = lanewise("vcvtneps2bf16", "u4->u2", to_bfloat16)
+@operation("vcvtneps2bf16", "u4->u2", staged=True)
+def to_bfloat16(form: Form, a: Lanes, out: Lanes) -> Step:
+    """Lanes are bit patterns. Normal numbers in one go, else lane by lane."""
+    rounded, excess = np.empty_like(a), np.empty_like(a)
+    magnitudes, half, one, sixteen = (np.uint32(n) for n in (F32.magnitude, 0x7FFF, 1, 16))
+    normal = bytearray(8)
+    is_normal, all_normal = (
+        np.frombuffer(normal, np.bool_, len(a)),
+        b"\1" * len(a) + bytes(8 - len(a)),
+    )
+
+    def step() -> None:
+        np.bitwise_and(a, magnitudes, excess)
+        np.subtract(excess, _LOWEST, excess)  # wraps round for what lies below
+        np.less(excess, _SPAN, is_normal)
+        if normal != all_normal:
+            out[:] = [_to_brain(bits) for bits in a.tolist()]
+            return
+        np.right_shift(a, sixteen, rounded)
+        np.bitwise_and(rounded, one, rounded)
+        np.add(rounded, half, rounded)
+        np.add(rounded, a, rounded)
+        np.right_shift(rounded, sixteen, rounded)
+        out[...] = rounded
+
+    return step
 
 
 @lru_cache(maxsize=1 << 16)

@@ -39,11 +39,13 @@ def _products() -> Lanes:
 
 @operation("gf2p8mulb", "u1,u1->u1", Extent.WHOLE)
 def multiply(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
-    table, at, shift = _products(), np.zeros(len(out), "u2"), np.array(8, "u2")
+    table, at = _products(), np.zeros(len(out), "i8")
+    at_bytes = at.view("u1")
+    low, high = at_bytes[::8], at_bytes[1::8]
 
     def step() -> None:
-        np.left_shift(a, shift, at)
-        np.bitwise_or(at, b, at)
+        high[...] = a
+        low[...] = b
         table.take(at, None, out, "clip")
 
     return step

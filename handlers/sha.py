@@ -1,17 +1,21 @@
 """SHA-1, SHA-256 and SHA-512 rounds and message schedules.
 
-FIPS 180-4; SDM Vol. 2: SHA1*, SHA256*, VSHA512*. Lanes are words, the lowest first.
+FIPS 180-4; SDM Vol. 2: SHA1*, SHA256*, VSHA512*. Operands hold words, the lowest lane first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any
 
-from handlers.operands import Form, Lanes, Step
-from handlers.vector import Extent, Operation, operation, planned
+from handlers.operands import Form, Step
+from handlers.vector import Extent, Plan, operation, planned
 
-_MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
+_MASK32 = 0xFFFF_FFFF
+_WORDS32, _WORDS64 = Struct("<4I"), Struct("<4Q")
+_unpack, _pack_into = _WORDS32.unpack, _WORDS32.pack_into
 
 
 def _left(x: int, count: int) -> int:
@@ -23,7 +27,7 @@ def _left(x: int, count: int) -> int:
 
 
 def _choose(b: int, c: int, d: int) -> int:
-    return b & c ^ ~b & d
+    return b & (c ^ d) ^ d
 
 
 def _parity(b: int, c: int, d: int) -> int:
@@ -43,119 +47,175 @@ _SHA1_ROUNDS: tuple[tuple[Callable[[int, int, int], int], int], ...] = (
 """Function and constant by the immediate (FIPS 180-4, 4.1.1 and 4.2.1)."""
 
 
-@operation("sha1rnds4", "u4,u4->u4", Extent.WHOLE)
-def sha1_rounds(form: Form, state: Lanes, words: Lanes, out: Lanes) -> Step:
+@operation("sha1rnds4", "b,b->b", Extent.WHOLE)
+def sha1_rounds(form: Form, state: memoryview, words: memoryview, out: memoryview) -> Step:
     """Four rounds. The highest word comes with E already added (by SHA1NEXTE)."""
     function, constant = _SHA1_ROUNDS[form.imm & 3]
 
     def step() -> None:
-        d, c, b, a = state.tolist()
+        d, c, b, a = _unpack(state)
         e = 0
-        for word in reversed(words.tolist()):
-            total = _left(a, 5) + (function(b, c, d) & _MASK32) + e + word + constant & _MASK32
+        for word in reversed(_unpack(words)):
+            total = _left(a, 5) + function(b, c, d) + e + word + constant & _MASK32
             a, b, c, d, e = total, a, _left(b, 30), c, d
-        out[:] = d, c, b, a
+        _pack_into(out, 0, d, c, b, a)
 
     return step
 
 
-@operation("sha1nexte", "u4,u4->u4", Extent.WHOLE)
-def sha1_next_e(form: Form, state: Lanes, words: Lanes, out: Lanes) -> Step:
+@operation("sha1nexte", "b,b->b", Extent.WHOLE)
+def sha1_next_e(form: Form, state: memoryview, words: memoryview, out: memoryview) -> Step:
     def step() -> None:
-        *low, high = words.tolist()
-        out[:] = *low, high + _left(int(state[3]), 30) & _MASK32
+        a = _unpack(state)[3]
+        w3, w2, w1, w0 = _unpack(words)
+        _pack_into(out, 0, w3, w2, w1, w0 + _left(a, 30) & _MASK32)
 
     return step
 
 
-@operation("sha1msg1", "u4,u4->u4", Extent.WHOLE)
-def sha1_message_1(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+@operation("sha1msg1", "b,b->b", Extent.WHOLE)
+def sha1_message_1(form: Form, a: memoryview, b: memoryview, out: memoryview) -> Step:
     def step() -> None:
-        w3, w2, w1, w0 = a.tolist()
-        _, _, w5, w4 = b.tolist()
-        out[:] = w3 ^ w5, w2 ^ w4, w1 ^ w3, w0 ^ w2
+        w3, w2, w1, w0 = _unpack(a)
+        _, _, w5, w4 = _unpack(b)
+        _pack_into(out, 0, w3 ^ w5, w2 ^ w4, w1 ^ w3, w0 ^ w2)
 
     return step
 
 
-@operation("sha1msg2", "u4,u4->u4", Extent.WHOLE)
-def sha1_message_2(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+@operation("sha1msg2", "b,b->b", Extent.WHOLE)
+def sha1_message_2(form: Form, a: memoryview, b: memoryview, out: memoryview) -> Step:
     def step() -> None:
-        x0, x1, x2, x3 = a.tolist()
-        w15, w14, w13, _ = b.tolist()
+        x0, x1, x2, x3 = _unpack(a)
+        w15, w14, w13, _ = _unpack(b)
         w16 = _left(x3 ^ w13, 1)
-        out[:] = _left(x0 ^ w16, 1), _left(x1 ^ w15, 1), _left(x2 ^ w14, 1), w16
+        _pack_into(out, 0, _left(x0 ^ w16, 1), _left(x1 ^ w15, 1), _left(x2 ^ w14, 1), w16)
 
     return step
 
 
 # SHA-256 and SHA-512, which differ in the word and in the rotations (FIPS 180-4, 4.1.2, 4.1.3)
 
-
-def _mix(bits: int, rotations: tuple[int, ...], shift: int, x: int) -> int:
-    """The exclusive or of ``x`` rotated right by each count and, if not 0, shifted right."""
-    result = x >> shift if shift else 0
-    for count in rotations:
-        result ^= x >> count | x << bits - count
-    return result & (1 << bits) - 1
+Mixer = Callable[[int], int]
 
 
-_big_0 = {4: partial(_mix, 32, (2, 13, 22), 0), 8: partial(_mix, 64, (28, 34, 39), 0)}
-_big_1 = {4: partial(_mix, 32, (6, 11, 25), 0), 8: partial(_mix, 64, (14, 18, 41), 0)}
-_small_0 = {4: partial(_mix, 32, (7, 18), 3), 8: partial(_mix, 64, (1, 8), 7)}
-_small_1 = {4: partial(_mix, 32, (17, 19), 10), 8: partial(_mix, 64, (19, 61), 6)}
-"""The functions capital and small sigma 0 and 1, by the size of a word."""
+def _rotations(bits: int, first: int, second: int, third: int) -> Mixer:
+    """The exclusive or of three rotations to the right; bits above the word are garbage."""
+    twice = 1 << bits | 1
+
+    def mix(x: int) -> int:
+        x *= twice
+        return x >> first ^ x >> second ^ x >> third
+
+    return mix
 
 
-def _rounds(form: Form, cdgh: Lanes, abef: Lanes, words: Lanes, out: Lanes) -> Step:
+def _rotations_and_shift(bits: int, first: int, second: int, shift: int) -> Mixer:
+    """As :func:`_rotations`, the third of them a shift."""
+    twice = 1 << bits | 1
+
+    def mix(x: int) -> int:
+        y = x * twice
+        return y >> first ^ y >> second ^ x >> shift
+
+    return mix
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """``words``: four of them in memory; the functions capital and small sigma 0 and 1."""
+
+    words: Struct
+    mask: int
+    big: tuple[Mixer, Mixer]
+    small: tuple[Mixer, Mixer]
+
+
+_SHA256 = _Family(
+    _WORDS32,
+    _MASK32,
+    (_rotations(32, 2, 13, 22), _rotations(32, 6, 11, 25)),
+    (_rotations_and_shift(32, 7, 18, 3), _rotations_and_shift(32, 17, 19, 10)),
+)
+_SHA512 = _Family(
+    _WORDS64,
+    (1 << 64) - 1,
+    (_rotations(64, 28, 34, 39), _rotations(64, 14, 18, 41)),
+    (_rotations_and_shift(64, 1, 8, 7), _rotations_and_shift(64, 19, 61, 6)),
+)
+
+
+def _rounds(family: _Family) -> Plan:
     """Two rounds: F E B A from the lowest lane up, and H G D C; words with constants added."""
-    mask = (1 << 8 * out.itemsize) - 1
-    big_0, big_1 = _big_0[out.itemsize], _big_1[out.itemsize]
+    unpack, pack_into, mask = family.words.unpack, family.words.pack_into, family.mask
+    big_0, big_1 = family.big
 
-    def step() -> None:
-        h, g, d, c = cdgh.tolist()
-        f, e, b, a = abef.tolist()
-        for word in words.tolist()[:2]:
-            t1 = h + big_1(e) + _choose(e, f, g) + word
-            t2 = big_0(a) + _majority(a, b, c)
-            a, b, c, d, e, f, g, h = t1 + t2 & mask, a, b, c, d + t1 & mask, e, f, g
-        out[:] = f, e, b, a
+    def plan(form: Form, cdgh: Any, abef: Any, words: memoryview, out: memoryview) -> Step:
+        two = Struct(family.words.format.replace("4", "2")).unpack_from
 
-    return step
+        def step() -> None:
+            h, g, d, c = unpack(cdgh)
+            f, e, b, a = unpack(abef)
+            for word in two(words):
+                t1 = h + (big_1(e) & mask) + (e & (f ^ g) ^ g) + word
+                t2 = (big_0(a) & mask) + (a & b ^ a & c ^ b & c)
+                a, b, c, d, e, f, g, h = t1 + t2 & mask, a, b, c, d + t1 & mask, e, f, g
+            pack_into(out, 0, f, e, b, a)
 
+        return step
 
-def _message_1(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
-    """``w[i] + sigma0(w[i + 1])``."""
-    mask, sigma = (1 << 8 * out.itemsize) - 1, _small_0[out.itemsize]
-
-    def step() -> None:
-        words = a.tolist()
-        out[:] = [
-            w + sigma(following) & mask
-            for w, following in zip(words, [*words[1:], int(b[0])], strict=True)
-        ]
-
-    return step
+    return plan
 
 
-def _message_2(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+def _message_1(family: _Family) -> Plan:
+    """``w[i] + sigma0(w[i + 1])``; the second source starts with the fifth word."""
+    unpack, pack_into, mask = family.words.unpack, family.words.pack_into, family.mask
+    sigma, one = family.small[0], family.words.size // 4
+
+    def plan(form: Form, a: memoryview, b: memoryview, out: memoryview) -> Step:
+        fifth = b[:one]
+
+        def step() -> None:
+            w0, w1, w2, w3 = unpack(a)
+            w4 = int.from_bytes(fifth, "little")
+            pack_into(
+                out,
+                0,
+                w0 + sigma(w1) & mask,
+                w1 + sigma(w2) & mask,
+                w2 + sigma(w3) & mask,
+                w3 + sigma(w4) & mask,
+            )
+
+        return step
+
+    return plan
+
+
+def _message_2(family: _Family) -> Plan:
     """``w[i] + sigma1(w[i - 2])``, where the last two depend on the first two of the result."""
-    mask, sigma = (1 << 8 * out.itemsize) - 1, _small_1[out.itemsize]
+    unpack, pack_into, mask = family.words.unpack, family.words.pack_into, family.mask
+    sigma = family.small[1]
 
-    def step() -> None:
-        x0, x1, x2, x3 = a.tolist()
-        w0 = x0 + sigma(int(b[2])) & mask
-        w1 = x1 + sigma(int(b[3])) & mask
-        out[:] = w0, w1, x2 + sigma(w0) & mask, x3 + sigma(w1) & mask
+    def plan(form: Form, a: memoryview, b: memoryview, out: memoryview) -> Step:
+        def step() -> None:
+            x0, x1, x2, x3 = unpack(a)
+            _, _, before_last, last = unpack(b)
+            w0 = x0 + sigma(before_last) & mask
+            w1 = x1 + sigma(last) & mask
+            pack_into(out, 0, w0, w1, x2 + sigma(w0) & mask, x3 + sigma(w1) & mask)
 
-    return step
+        return step
+
+    return plan
 
 
-SCHEDULES: list[Operation] = [
-    planned("sha256rnds2", "u4,u4,u4->u4", _rounds, Extent.WHOLE),
-    planned("sha256msg1", "u4,u4->u4", _message_1, Extent.WHOLE),
-    planned("sha256msg2", "u4,u4->u4", _message_2, Extent.WHOLE),
-    planned("vsha512rnds2", "u8,u8,u8->u8", _rounds, Extent.WHOLE),
-    planned("vsha512msg1", "u8,u8->u8", _message_1, Extent.WHOLE),
-    planned("vsha512msg2", "u8,u8->u8", _message_2, Extent.WHOLE),
+ROUNDS_AND_SCHEDULES = [
+    handler
+    for name, family in (("sha256", _SHA256), ("vsha512", _SHA512))
+    for handler in (
+        planned(f"{name}rnds2", "b,b,b->b", _rounds(family), Extent.WHOLE),
+        planned(f"{name}msg1", "b,b->b", _message_1(family), Extent.WHOLE),
+        planned(f"{name}msg2", "b,b->b", _message_2(family), Extent.WHOLE),
+    )
 ]

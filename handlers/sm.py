@@ -6,10 +6,16 @@ Lanes are 32-bit words, the lowest first.
 
 from __future__ import annotations
 
-from handlers.operands import Form, Lanes, Step
+from functools import reduce
+from operator import xor
+from struct import Struct
+
+from handlers.operands import Form, Step
 from handlers.vector import Extent, Plan, operation, planned
 
 _MASK = 0xFFFF_FFFF
+_WORDS = Struct("<4I")
+_unpack_from, _pack_into = _WORDS.unpack_from, _WORDS.pack_into
 
 
 def _left(x: int, count: int) -> int:
@@ -29,33 +35,37 @@ def _permute_1(x: int) -> int:
     return x ^ _left(x, 15) ^ _left(x, 23)
 
 
-@operation("vsm3msg1", "u4,u4,u4->u4", Extent.WHOLE)
-def message_1(form: Form, w7: Lanes, w13: Lanes, w0: Lanes, out: Lanes) -> Step:
+@operation("vsm3msg1", "b,b,b->b", Extent.WHOLE)
+def message_1(form: Form, w7: memoryview, w13: memoryview, w0: memoryview, out: memoryview) -> Step:
     """The sources start with words 7, 13 and 0 of the message; lane 3 lacks word 16."""
 
     def step() -> None:
-        *following, _ = w13.tolist()
-        rows = zip(w7.tolist(), w0.tolist(), [*following, 0], strict=True)
-        out[:] = [_permute_1(a ^ b ^ _left(c, 15)) for a, b, c in rows]
+        *following, _ = _unpack_from(w13)
+        rows = zip(_unpack_from(w7), _unpack_from(w0), [*following, 0], strict=True)
+        _pack_into(out, 0, *[_permute_1(a ^ b ^ _left(c, 15)) for a, b, c in rows])
 
     return step
 
 
-@operation("vsm3msg2", "u4,u4,u4->u4", Extent.WHOLE)
-def message_2(form: Form, partial: Lanes, w3: Lanes, w10: Lanes, out: Lanes) -> Step:
+@operation("vsm3msg2", "b,b,b->b", Extent.WHOLE)
+def message_2(
+    form: Form, partial: memoryview, w3: memoryview, w10: memoryview, out: memoryview
+) -> Step:
     """Words 16 to 19, of the result of VSM3MSG1 and of words 3 to 6 and 10 to 13."""
 
     def step() -> None:
-        rows = zip(partial.tolist(), w3.tolist(), w10.tolist(), strict=True)
+        rows = zip(_unpack_from(partial), _unpack_from(w3), _unpack_from(w10), strict=True)
         words = [_left(b, 7) ^ c ^ a for a, b, c in rows]
         words[3] ^= _permute_1(_left(words[0], 15))
-        out[:] = words
+        _pack_into(out, 0, *words)
 
     return step
 
 
-@operation("vsm3rnds2", "u4,u4,u4->u4", Extent.WHOLE)
-def rounds(form: Form, cdgh: Lanes, abef: Lanes, words: Lanes, out: Lanes) -> Step:
+@operation("vsm3rnds2", "b,b,b->b", Extent.WHOLE)
+def rounds(
+    form: Form, cdgh: memoryview, abef: memoryview, words: memoryview, out: memoryview
+) -> Step:
     """Two rounds, the first of which the immediate numbers.
 
     C, D, G and H come as they were two rounds ago, as A, B, E and F: not yet rotated.
@@ -66,10 +76,10 @@ def rounds(form: Form, cdgh: Lanes, abef: Lanes, words: Lanes, out: Lanes) -> St
     constants = constant, _left(constant, 1)
 
     def step() -> None:
-        h, g, d, c = cdgh.tolist()
-        f, e, b, a = abef.tolist()
+        h, g, d, c = _unpack_from(cdgh)
+        f, e, b, a = _unpack_from(abef)
         c, d, g, h = _left(c, 9), _left(d, 9), _left(g, 19), _left(h, 19)
-        w = words.tolist()
+        w = _unpack_from(words)
         for i, k in enumerate(constants):
             turned = _left(a, 12)
             ss1 = _left(turned + e + k & _MASK, 7)
@@ -79,7 +89,7 @@ def rounds(form: Form, cdgh: Lanes, abef: Lanes, words: Lanes, out: Lanes) -> St
             tt2 = gg + h + ss1 + w[i] & _MASK
             a, b, c, d = tt1, a, _left(b, 9), c
             e, f, g, h = _permute_0(tt2), e, _left(f, 19), g
-        out[:] = f, e, b, a
+        _pack_into(out, 0, f, e, b, a)
 
     return step
 
@@ -114,25 +124,35 @@ def _make_sbox() -> bytes:
 SBOX = _make_sbox()
 
 
-def _substitute(x: int) -> int:
-    return int.from_bytes(x.to_bytes(4, "little").translate(SBOX), "little")
+def _tables(rotations: tuple[int, ...]) -> list[list[int]]:
+    """What each byte of a word adds to ``L(S(word))``; L adds the rotations to the word."""
+    tables = []
+    for position in range(4):
+        words = [SBOX[byte] << 8 * position for byte in range(256)]
+        tables.append([reduce(xor, (_left(w, count) for count in rotations), w) for w in words])
+    return tables
 
 
 def _four_rounds(rotations: tuple[int, ...]) -> Plan:
-    """``x4 = x0 ^ L(S(x1 ^ x2 ^ x3 ^ key))``, where L adds the word rotated by each count."""
+    """``x4 = x0 ^ L(S(x1 ^ x2 ^ x3 ^ key))``."""
+    t0, t1, t2, t3 = _tables(rotations)
 
-    def plan(form: Form, state: Lanes, keys: Lanes, out: Lanes) -> Step:
+    def one(x: int, mixed: int) -> int:
+        high = mixed >> 16
+        return x ^ t0[mixed & 0xFF] ^ t1[mixed >> 8 & 0xFF] ^ t2[high & 0xFF] ^ t3[high >> 8]
+
+    def plan(form: Form, state: memoryview, keys: memoryview, out: memoryview) -> Step:
+        blocks = range(0, len(out), 16)
+
         def step() -> None:
-            results: list[int] = []
-            for x, block_keys in zip(state.tolist(), keys.tolist(), strict=True):
-                for key in block_keys:
-                    mixed = _substitute(x[1] ^ x[2] ^ x[3] ^ key)
-                    total = x.pop(0) ^ mixed
-                    for count in rotations:
-                        total ^= _left(mixed, count)
-                    x.append(total)
-                results.append(x)
-            out[:] = results
+            for at in blocks:
+                a, b, c, d = _unpack_from(state, at)
+                k0, k1, k2, k3 = _unpack_from(keys, at)
+                a = one(a, b ^ c ^ d ^ k0)
+                b = one(b, c ^ d ^ a ^ k1)
+                c = one(c, d ^ a ^ b ^ k2)
+                d = one(d, a ^ b ^ c ^ k3)
+                _pack_into(out, at, a, b, c, d)
 
         return step
 
@@ -140,6 +160,6 @@ def _four_rounds(rotations: tuple[int, ...]) -> Plan:
 
 
 CIPHER = [
-    planned("vsm4rnds4", "u4x4,u4x4->u4x4", _four_rounds((2, 10, 18, 24)), Extent.WHOLE),
-    planned("vsm4key4", "u4x4,u4x4->u4x4", _four_rounds((13, 23)), Extent.WHOLE),
+    planned("vsm4rnds4", "b,b->b", _four_rounds((2, 10, 18, 24)), Extent.WHOLE),
+    planned("vsm4key4", "b,b->b", _four_rounds((13, 23)), Extent.WHOLE),
 ]
