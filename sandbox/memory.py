@@ -13,7 +13,8 @@ from sandbox.errors import MemoryMapError
 
 PAGE_SIZE = 4096
 PAGE_MASK = PAGE_SIZE - 1
-PHYSICAL_BITS = 48
+PHYSICAL_BITS = 40
+"""MAXPHYADDR, as CPUID tells the guest and as Unicorn has it."""
 
 _MAP_NORESERVE = 0x4000  # Linux, all architectures Unicorn has wheels for
 _SLOT_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE

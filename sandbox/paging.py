@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from sandbox.cpu import GP, PF_, Fault, is_canonical
-from sandbox.memory import PAGE_MASK, PAGE_SIZE, MmioRead, PhysicalMemory, Slot
+from sandbox.memory import PAGE_MASK, PAGE_SIZE, PHYSICAL_BITS, MmioRead, PhysicalMemory, Slot
 from sandbox.registers import AC
 
 PRESENT, WRITE, USER, ACCESSED, DIRTY, LARGE, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
@@ -24,6 +24,9 @@ EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 ERROR_PRESENT, ERROR_WRITE, ERROR_USER, ERROR_RESERVED, ERROR_FETCH = 1, 2, 4, 8, 16
 
 _ADDRESS = 0x000F_FFFF_FFFF_F000
+_RESERVED = _ADDRESS & -(1 << PHYSICAL_BITS)
+_PSE36 = 0x1F_E000
+"""In the entry of a 4-MiB page: bits 39:32 of its address (SDM Vol. 3, table 4-4)."""
 _LOW_32 = 0xFFFF_FFFF
 _Entries: TypeAlias = "array[int]"
 
@@ -97,7 +100,10 @@ class Walker:
         self._mark(entries, access)
         last = entries[-1][1]
         mask = (1 << offset_bits) - 1
-        return (last & _ADDRESS & ~mask) | (address & mask)
+        physical = (last & _ADDRESS & ~mask) | (address & mask)
+        if offset_bits == 22:
+            physical |= (last & _PSE36) << 19
+        return physical
 
     def _walk(
         self, levels: tuple[_Level, ...], address: int, cr4: int, efer: int, error: int
@@ -114,13 +120,18 @@ class Walker:
             if not value & PRESENT:
                 raise Fault(PF_, error, address)
             pointer = pae_root and level is levels[0]  # a PDPTE has no permission bits
-            if value & NX and not pointer and size == 8 and not efer & EFER_NXE:
+            reserved = 0
+            if size == 8:
+                reserved = _RESERVED | (0 if pointer or efer & EFER_NXE else NX)
+                reserved |= LARGE if level.shift == 39 else 0
+            if value & reserved:
                 raise Fault(PF_, error | ERROR_PRESENT | ERROR_RESERVED, address)
             if pointer:
                 value |= WRITE | USER | ACCESSED
             entries.append((where, value, 0 if pointer else size))
             if level.large and value & LARGE and (size == 8 or cr4 & CR4_PSE):
-                if size == 8 and value & ((1 << level.shift) - 1) & ~0x1FFF & _ADDRESS:
+                low = value & ((1 << level.shift) - 1) & ~0x1FFF
+                if low & (_ADDRESS if size == 8 else ~_PSE36):
                     raise Fault(PF_, error | ERROR_PRESENT | ERROR_RESERVED, address)
                 return entries, level.shift
             table = value & _ADDRESS
