@@ -15,7 +15,7 @@ from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import F16, F32, MASKS
 from handlers.vector import Extent, Plan, operation, planned
 
-_LOWEST, _SPAN = np.uint32(F32.min_normal), np.uint32(F32.infinity - F32.min_normal)
+_LOWEST, _SPAN = (np.array(n, "u4") for n in (F32.min_normal, F32.infinity - F32.min_normal))
 """A magnitude is a normal number if it is at least the first and less than the sum of both."""
 
 
@@ -32,12 +32,9 @@ def _to_brain(bits: int) -> int:
 def to_bfloat16(form: Form, a: Lanes, out: Lanes) -> Step:
     """Lanes are bit patterns. Normal numbers in one go, else lane by lane."""
     rounded, excess = np.empty_like(a), np.empty_like(a)
-    magnitudes, half, one, sixteen = (np.uint32(n) for n in (F32.magnitude, 0x7FFF, 1, 16))
-    normal = bytearray(8)
-    is_normal, all_normal = (
-        np.frombuffer(normal, np.bool_, len(a)),
-        b"\1" * len(a) + bytes(8 - len(a)),
-    )
+    magnitudes, half, one, sixteen = (np.array(n, "u4") for n in (F32.magnitude, 0x7FFF, 1, 16))
+    normal, all_normal = bytearray(len(a)), b"\1" * len(a)
+    is_normal = np.frombuffer(normal, np.bool_)
 
     def step() -> None:
         np.bitwise_and(a, magnitudes, excess)

@@ -8,8 +8,10 @@ from handlers import mmx
 from sandbox.cpu import MF, NM, UD, Cpu, Fault
 from sandbox.decode import decode
 from sandbox.encodings import all_forms, features_of, kinds_of, mnemonic_of
+from sandbox.registers import RCX, RDI, RDX, RSI, RSP
 from tests.differential import X87Bank, sweep
 from tests.doubles import make_cpu
+from tests.guest import machine, run_to_hlt
 from tests.vector_forms import handlers_of
 
 HANDLERS = handlers_of(mmx)
@@ -74,3 +76,41 @@ def test_forms_without_a_vector_register_do_not_ask_for_sse() -> None:
     with pytest.raises(Fault) as caught:
         run("660f2cca", cr4=0)  # cvttpd2pi mm1, xmm2
     assert caught.value.vector == UD
+
+
+ALIASES = """
+    fldpi                       # TOP = 7
+    movabs rbx, 0x8090a0b0c0d0e0f0
+    movq mm0, rbx               # the fast path's
+    movabs rbx, 0x0001020304050607
+    movq mm1, rbx
+    pshufb mm0, mm1             # the handlers'
+    movq rcx, mm0
+    pabsb mm2, mm0
+    paddb mm2, mm1
+    movq rdx, mm2
+    fnstenv [rsp-64]
+    movzx esi, word ptr [rsp-56]
+    fnstsw ax
+    movzx edi, ax
+    emms
+    fld1
+    fnstsw ax
+    movzx r8d, ax
+    hlt
+"""
+
+
+def test_handlers_and_fast_path_share_the_registers() -> None:
+    with machine(ALIASES, handlers=["mmx"]) as found:
+        found.vcpu.cpu.gpr[RSP] = 0x8000
+        run_to_hlt(found)
+        gpr = found.vcpu.cpu.gpr
+        reverse = 0xF0E0D0C0B0A09080
+        assert gpr[RCX] == reverse
+        absolute = [abs(b - 256) for b in reverse.to_bytes(8, "little")]
+        added = [(a + 7 - i) & 0xFF for i, a in enumerate(absolute)]
+        assert gpr[RDX].to_bytes(8, "little") == bytes(added)
+        assert gpr[RDI] >> 11 & 7 == 0
+        assert all(gpr[RSI] >> 2 * n & 3 != 3 for n in range(8)), "no register is empty"
+        assert gpr[8] >> 11 & 7 == 7 and gpr[8] & 0x41 == 0, "pushed without a stack fault"
