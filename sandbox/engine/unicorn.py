@@ -73,7 +73,6 @@ NEVER_RUN = frozenset(
 """Forms that crash Unicorn 2.1.4, and with it the process: trapped whatever the policy says."""
 
 
-
 def _never(_insn: Insn) -> bool:
     return False
 
