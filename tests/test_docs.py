@@ -252,16 +252,29 @@ def test_what_is_said_not_to_be_handled_is_not_offered() -> None:
     assert not [name for name in offered if name.startswith(("AVX512", "AMX"))]
 
 
-def options_of(command: str) -> set[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "sandbox", command, "--help"],
+def help_of(*command: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "sandbox", *command, "--help"],
         capture_output=True, text=True, check=True, cwd=ROOT,
-    )  # fmt: skip
-    return set(re.findall(r"(?<![\w-])--[a-z-]+", done.stdout))
+    ).stdout  # fmt: skip
+
+
+def commands_of_the_program() -> list[str]:
+    listed = help_of().split("positional arguments:")[1].split("options:")[0]
+    return re.findall(r"^    (\w+)", listed, re.MULTILINE)
+
+
+def test_every_command_is_described() -> None:
+    assert len(commands_of_the_program()) >= 4
+    for command in commands_of_the_program():
+        assert f"`sandbox {command}`" in text_of("README.md")
+        assert f"`sandbox {command}`" in text_of("CHANGELOG.md")
 
 
 def test_every_option_named_exists() -> None:
-    known = options_of("run") | options_of("explain") | options_of("bench")
+    known = set[str]()
+    for command in commands_of_the_program():
+        known |= set(re.findall(r"(?<![\w-])--[a-z-]+", help_of(command)))
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text_of(document)))
         assert named <= known, document
