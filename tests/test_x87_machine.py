@@ -11,7 +11,7 @@ import pytest
 
 from guests.samples import build
 from sandbox import abi
-from sandbox.boot import boot_flat
+from sandbox.boot import Mode, boot_flat
 from sandbox.cpuid import features
 from sandbox.exits import GuestException, Hlt
 from sandbox.native import DATA as NATIVE_DATA
@@ -114,8 +114,21 @@ def test_sse3_is_complete_with_this_pack() -> None:
         assert "SSE3" in features(vm.runs_form)
 
 
-@pytest.mark.parametrize("policy", ["baseline", "nothing"])
-@pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
+@pytest.mark.parametrize(("mode", "store"), [("real", "db3e0080"), ("protected", "db3d00800000")])
+def test_other_modes_run_x87_code(mode: Mode, store: str) -> None:
+    """FLD1, FLD1, FPATAN, and FSTP to memory by a 16- and a 32-bit address."""
+    with Vm(Policy.load("nothing"), ["x87", "integer", "system"]) as vm:
+        vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
+        code = bytes.fromhex("dbe3d9e8d9e8d9f3" + store + "f4")
+        vcpu = boot_flat(vm, code, CODE, mode).vcpu
+        assert isinstance(vcpu.run(timeout=20), Hlt)
+        assert vm.memory.read(DATA, 10) == QUARTER_PI.to_bytes(10, "little")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "policy"),
+    [("gcc", "baseline"), ("musl-gcc", "baseline"), ("musl-gcc", "nothing")],
+)
 def test_long_double_mathematics_print_what_they_print_natively(
     compiler: str, policy: str, tmp_path: Path
 ) -> None:
