@@ -9,10 +9,11 @@ import pytest
 
 from guests.assemble import assemble
 from sandbox.boot import Machine, Mode
+from sandbox.exits import EmulationFailure, GuestException, Hlt
 from sandbox.paging import AddressSpace, FrameAllocator
 from sandbox.registers import RAX, RBX, RCX, RDI, RSP
 from tests.fuzz_engine import confined
-from tests.guest import BASE, BITNESS, MODES, Recorder, machine, policy, run_to_hlt
+from tests.guest import BASE, BITNESS, MODES, Recorder, add_idt, machine, policy, run_to_hlt
 
 REGISTERS = {
     "real": ("cx", "si", "di", "ax"),
@@ -511,3 +512,53 @@ def test_no_forbidden_form_runs_in_random_bytes(mode: Mode) -> None:
     """A little of what ``python -m tests.fuzz_engine`` does for as long as it is told to."""
     tally = confined(mode, random.Random(1), time.process_time() + 1)
     assert tally["EmulationFailure"] > 10
+
+
+def before_nothing(mode: Mode, last: bytes) -> tuple[bytes, int]:
+    """Code that jumps to ``last``, which ends where memory ends, at 0x21000."""
+    at = 0x21000 - len(last)
+    if mode == "real":
+        return b"\xea" + (at & 0xFFF).to_bytes(2, "little") + (0x2000).to_bytes(2, "little"), at
+    register = REGISTERS[mode][1]
+    return assemble(f"mov {register}, {at}\n jmp {register}", BASE, BITNESS[mode]), at
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("idt", [False, True])
+@pytest.mark.parametrize("last", [b"\x98", b"\xf8\xf9\x98", b"\xf8\x89\xd8", b"\x89\xd8\x98\x0f"])
+def test_code_runs_up_to_where_the_next_page_cannot_be_fetched(
+    mode: Mode, idt: bool, last: bytes
+) -> None:
+    """Unicorn translates past the end first; what comes before it must run all the same."""
+    recorder = Recorder("cwde", "cbw")
+    code, at = before_nothing(mode, last)
+    forbidden = policy("cwde", "cbw")
+    with machine(code, mode, policy=forbidden, handlers=[recorder.pack]) as found:
+        memory, registers = found.vm.memory, found.vcpu.registers
+        memory.remove_slot(0)
+        memory.add_slot(0, 0x21000)
+        memory.load(BASE, code)
+        memory.load(at, last)
+        if found.space is not None:
+            found.space.unmap(0x21000, 0x1000)
+            found.space.map(0x20000, 0x20000, 0x1000, write=True, execute=True)
+            if idt:
+                memory.add_slot(0x10_0000, 0x10_0000)
+                found.space.map(BASE, BASE, 0x1000, write=True, execute=True)
+                memory.load(0x1F00, b"\xf4")
+                add_idt(found, {14: 0x1F00})
+        registers.gpr[RBX] = 0x77
+        left = found.vcpu.run(10)
+        cut = last[-1:] == b"\x0f"
+        end = 0x21000 - cut
+        if mode == "long" and idt:
+            assert isinstance(left, Hlt)
+            assert found.vcpu.cpu.read_int(registers.gpr[RSP] + 8, 8) == end
+        else:
+            kind = GuestException if mode == "long" or cut else EmulationFailure
+            assert isinstance(left, kind) or (cut and mode != "long"), left
+            assert registers.rip & 0xFFF == end & 0xFFF
+        assert registers.gpr[RAX] & 0xFF == (0x77 if b"\x89\xd8" in last else 0)
+    assert recorder.rips == [
+        (at + n) if mode != "real" else (at + n) & 0xFFF for n, b in enumerate(last) if b == 0x98
+    ]

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from iced_x86 import Code, Decoder, Instruction
 
-from sandbox.cpu import Fault
-from sandbox.decode import Insn, decode
+from sandbox.cpu import PF_, Fault
+from sandbox.decode import MAX_LENGTH, DecodeError, Insn, decode
 from sandbox.engine.misread import MISREAD
 from sandbox.engine.protocol import Stop
 from sandbox.engine.unicorn_library import (
@@ -47,13 +47,14 @@ from sandbox.errors import EngineError
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.paging import PagedMemory, Walker
 from sandbox.policy import ASK, TRAP
+from sandbox.registers import TF
 
 _MMIO_ERRORS = frozenset(
     {UC_ERR_READ_UNMAPPED, UC_ERR_WRITE_UNMAPPED, UC_ERR_WRITE_PROT, UC_ERR_READ_PROT}
 )
 _FETCH_ERRORS = frozenset({UC_ERR_FETCH_UNMAPPED, UC_ERR_FETCH_PROT})
 
-_BREAKPOINT = 3
+_DEBUG, _BREAKPOINT = 1, 3
 _INVALID_64 = b"\x06"  # push es
 _INVALID_LEGACY = b"\x0f\x0b"  # ud2: 16- and 32-bit code has no invalid opcode of one byte
 _INT3 = b"\xcc"  # where a page ends: real INT3s are trapped, so this one can only be the patch
@@ -124,6 +125,7 @@ class UnicornEngine:
         """Block (address, size) that Unicorn may have translated through an old TLB entry."""
         self._fresh = self._stepped = -1
         """Address of the block that is about to be, or was last, translated from a flushed TLB."""
+        self._stepping = False
         self._instruction = Instruction()
         self._flushes = 0
         self._next_flush = 0.0
@@ -249,7 +251,9 @@ class UnicornEngine:
             raise failure
         if self._exception >= 0:
             self.vector, self._exception = self._exception, -1
-            return self._excepted()
+            stop = self._excepted()
+            early = self.vector == PF_ and self._bank.read("cr2") % PAGE_SIZE < MAX_LENGTH
+            return self._failed_fetch(stop) if early else stop
         if error == UC_ERR_INSN_INVALID:
             return Stop.INSN
         if self._patch is not None:
@@ -261,7 +265,7 @@ class UnicornEngine:
         if error in _MMIO_ERRORS:
             return Stop.MMIO
         if error in _FETCH_ERRORS:
-            return Stop.FETCH
+            return self._failed_fetch(Stop.FETCH)
         self._library.check(error, f"running at {self.registers.rip:#x}")
         assert error == UC_ERR_OK
         return Stop.ASKED
@@ -270,11 +274,55 @@ class UnicornEngine:
         words = self._bank.words
         code = words[self._bank.error_code_index]
         self.error_code = code - (1 << 32) if code >> 31 else code
-        words[self._bank.old_exception_index] = 0xFFFF_FFFF  # delivery is ours: none in flight
+        self._none_in_flight()
         if self.vector == _BREAKPOINT:
             self.registers.rip -= 1
             return Stop.INSN
         return Stop.EXCEPTION
+
+    def _none_in_flight(self) -> None:
+        """Delivery is ours: Unicorn must not take the next exception for a double fault."""
+        self._bank.words[self._bank.old_exception_index] = 0xFFFF_FFFF
+
+    def _failed_fetch(self, stop: Stop) -> Stop | None:
+        """A fetch failed; if it was not due yet, run what comes before it.
+
+        Unicorn translates a block as a whole before it runs it, also where the block runs on into
+        a page that cannot be fetched. Then RIP is at an instruction that can: it is run alone.
+        """
+        if self._stepping or not self._is_fetchable():
+            return stop
+        self._stepping = True
+        try:
+            return self._step()
+        finally:
+            self._stepping = False
+
+    def _is_fetchable(self) -> bool:
+        """Whether the instruction at RIP lies in its page as a whole and can be fetched."""
+        self.sync()
+        bank = self._bank
+        linear = self.registers.rip
+        if bank.bitness != 64:
+            linear = (bank.quads[bank.cs_base_index] + linear) & 0xFFFF_FFFF
+        try:
+            code = self.memory.fetch(linear, min(MAX_LENGTH, PAGE_SIZE - linear % PAGE_SIZE))
+            decode(code, bank.bitness)
+        except (Fault, MmioRead, DecodeError):
+            return False
+        return True
+
+    def _step(self) -> Stop | None:
+        """Run one instruction by TF: Unicorn then translates it alone, and raises #DB after it."""
+        bank = self._bank
+        flags, status = bank.read("rflags"), bank.read("dr6")
+        bank.write("rflags", flags | TF)
+        stop = self.enter()
+        bank.write("rflags", bank.read("rflags") & ~TF | flags & TF)
+        if stop is Stop.EXCEPTION and self.vector == _DEBUG and not flags & TF:
+            bank.write("dr6", status)
+            return None
+        return stop
 
     def stop(self) -> None:
         if not self._closed:
@@ -302,6 +350,7 @@ class UnicornEngine:
             self._flush()
 
     def _flush(self) -> None:
+        self._none_in_flight()  # Unicorn itself may have faulted, looking for the blocks of a page
         self.generation += 1
         self.memory.flush()
         self.system_memory.flush()
