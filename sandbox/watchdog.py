@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from contextlib import suppress
 from typing import Protocol
 
 from sandbox.fallback import HandlerTimeout
@@ -36,6 +37,8 @@ class Watchdog:
     def __init__(self) -> None:
         self._wake = threading.Condition()
         self._running: list[Watched] = []
+        self._late: set[Watched] = set()
+        """Those in which a HandlerTimeout was raised, and may not have come yet."""
         self._thread: threading.Thread | None = None
 
     def add(self, vcpu: Watched) -> None:
@@ -47,10 +50,13 @@ class Watchdog:
             self._wake.notify()
 
     def remove(self, vcpu: Watched) -> None:
-        """No :class:`HandlerTimeout` comes after this returns."""
+        """No :class:`HandlerTimeout` comes after this returns; the vCPU's own thread calls it."""
         with self._wake:
             self._running.remove(vcpu)
-        _raise_in(vcpu.thread, None)
+            late = vcpu in self._late
+            self._late.discard(vcpu)
+        if late:
+            _take_pending()
 
     def _loop(self) -> None:
         while True:
@@ -61,15 +67,24 @@ class Watchdog:
                 for vcpu in self._running:
                     vcpu.interrupt()
                     if vcpu.deadline is not None and now > vcpu.deadline + GRACE_SECONDS:
+                        self._late.add(vcpu)
                         _raise_in(vcpu.thread, HandlerTimeout)
             time.sleep(TICK_SECONDS)
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise ``error`` in a thread at its next bytecode; None takes a pending one back."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread), ctypes.py_object(error) if error else None
-    )
+def _raise_in(thread: int, error: type[BaseException]) -> None:
+    """Raise ``error`` in a thread at one of its next bytecodes."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+
+
+def _take_pending() -> None:
+    """Let an exception come that :func:`_raise_in` may have left pending in this thread.
+
+    Taking it back with a NULL would leave the interpreter looking for it at every bytecode.
+    """
+    with suppress(HandlerTimeout):
+        for _ in range(1000):
+            pass
 
 
 WATCHDOG = Watchdog()
