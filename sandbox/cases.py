@@ -251,7 +251,7 @@ class Cases:
             state.st[number] |= fraction
         state.fpcw = 0x37F & ~0xC00 | rng.randrange(4) << 10
         state.fpsw = rng.randrange(8) << 11 | rng.getrandbits(4) << 8
-        state.fptag = 0
+        state.fptag = full_tags(0xFF, state.fpsw >> 11 & 7, state.st)
 
     def _fill_mmx(self, state: State) -> None:
         """Lanes as in vector registers, some of them equal; some x87 registers are empty."""
