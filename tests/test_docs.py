@@ -28,6 +28,7 @@ from sandbox.bench.suites import SUITES
 from sandbox.cpuid import features
 from sandbox.policy import presets
 from sandbox.registers import RAX
+from sandbox.vm import DEFAULT_POLICY
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ("README.md", "docs/handlers.md", "docs/kvm.md", "docs/policy.md")
@@ -192,6 +193,12 @@ def test_presets_are_those_of_the_code() -> None:
         assert f"`{name}`" in text_of("CHANGELOG.md")
 
 
+def test_the_default_policy_is_the_one_that_is_said_to_be() -> None:
+    assert f"`{DEFAULT_POLICY}` is the default" in text_of("README.md")
+    rows = {row[0]: row[1] for row in table("docs/policy.md", "Preset")}
+    assert rows[f"`{DEFAULT_POLICY}`"].endswith("The default")
+
+
 def test_packs_are_those_of_the_code() -> None:
     installed = {row[0].strip("`"): row[2] for row in table("README.md", "Pack")}
     assert set(installed) == set(handlers.PACKS)
@@ -250,6 +257,8 @@ def test_what_is_said_not_to_be_handled_is_not_offered() -> None:
         offered = features(vm.runs_form)
     assert {"AVX2", "FMA", "F16C", "BMI2", "SHA", "GFNI"} <= offered
     assert not [name for name in offered if name.startswith(("AVX512", "AMX"))]
+    assert "but the only engine is Unicorn" in text_of("README.md")
+    assert not (ROOT / "sandbox" / "engine" / "kvm.py").exists()
 
 
 def help_of(*command: str) -> str:
