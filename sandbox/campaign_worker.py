@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from iced_x86 import OpKind
@@ -21,7 +21,7 @@ from sandbox.conformance import Subject, Verdict, check, not_comparable
 from sandbox.decode import FORM_NAMES, DecodeError, Insn, decode
 from sandbox.encodings import encodings, info_of
 from sandbox.gaps import has_memory_operand, reconcile
-from sandbox.golden import Record, make_record, reduced
+from sandbox.golden import PATTERN, Record, make_record, reduced
 from sandbox.native import NativeCpu, missing_features
 from sandbox.subjects import FastPath, HandlerTier, Stage
 
@@ -29,7 +29,7 @@ LAZY_MXCSR = (0x1F80, 0x3F80, 0x5F80, 0x7F80, 0x1FBF)
 """What the fast path is asked to do right: all exceptions masked, no FTZ, no DAZ; every rounding
 mode, flags set before."""
 ENOUGH = 64
-"""Differences after which a form is given up."""
+"""Differences, or refusals and nothing else, after which a form is given up."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Finding:
 
     form: str
     tier: str
-    operands: str
+    operands: str = ""
     cases: int = 0
     differences: int = 0
     completed: int = 0
@@ -71,7 +71,10 @@ def compare_form(
     for insn in every:
         operands = "memory" if has_memory_operand(insn) else "register"
         finding = findings.setdefault(operands, Finding(name, tier, operands))
-        if finding.differences >= ENOUGH or time.monotonic() > stop:
+        refused = finding.gaps.get("refused", 0)
+        if max(finding.differences, refused == finding.cases and refused) >= ENOUGH:
+            continue
+        if time.monotonic() > stop:
             continue
         missing = missing_features(insn)
         if missing:
@@ -123,7 +126,8 @@ def _record(subject: Subject, verdict: Verdict) -> Record:
     assert verdict.example is not None
     insn, state = verdict.example
     cpu = NativeCpu.shared()
-    for candidate in (reduced(insn, state), state):
+    plain_memory = replace(state, memory=PATTERN)
+    for candidate in (reduced(insn, state), plain_memory, state):
         again = check(subject, insn, [candidate], reconcile=reconcile)
         if again.differences:
             state = candidate

@@ -50,7 +50,7 @@ _RUN = (
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--policy", default="baseline", metavar="NAME|FILE", help="what the fast path may run"
+        "--policy", default="verified", metavar="NAME|FILE", help="what the fast path may run"
     )
     parser.add_argument(
         "--handlers",

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from iced_x86 import InstructionInfoFactory, MemorySizeInfo, Register, RegisterExt, RegisterInfo
 
-from sandbox.cases import linear_address
+from sandbox.cases import linear_address, uses_x87
 from sandbox.decode import Insn, decode
 from sandbox.native import END, REGION, REGION_SIZE, Result, State, Trap
 
@@ -24,7 +24,6 @@ Record: TypeAlias = dict[str, Any]
 PATTERN: Final = random.Random("test memory").randbytes(REGION_SIZE)
 _SCALARS = ("rflags", "mxcsr", "fpcw", "fpsw", "fptag", "gs_base")
 _INITIAL = State(memory=PATTERN)
-_X87 = ("FPU", "MMX", "D3NOW")
 
 
 def reduced(insn: Insn, state: State) -> State:
@@ -46,7 +45,7 @@ def reduced(insn: Insn, state: State) -> State:
             start, end = max(address, REGION), min(address + max(size, 16), END)
             if start < end:
                 less.store(start, state.load(start, end - start))
-    if any(feature.startswith(_X87) for feature in insn.features):
+    if uses_x87(insn):
         less.st = state.st[:]
         less.fpcw, less.fpsw, less.fptag = state.fpcw, state.fpsw, state.fptag
     return less

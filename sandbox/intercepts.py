@@ -8,6 +8,7 @@ KVM they never reach the emulator's limits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from iced_x86 import Code, Mnemonic, OpCodeInfo
 
@@ -21,7 +22,7 @@ from sandbox.memory import DeviceRange
 from sandbox.registers import DF, ES, OF, RAX, RCX, RDI, RDX, RSI
 
 MNEMONICS = frozenset(
-    "ldmxcsr stmxcsr fxsave fxsave64 fxrstor fxrstor64 "
+    "ldmxcsr stmxcsr vldmxcsr vstmxcsr fxsave fxsave64 fxrstor fxrstor64 "
     "hlt in out insb insw insd outsb outsw outsd int int1 int3 into "
     "cpuid xgetbv xsetbv xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves xsaves64 "
     "xrstor xrstor64 xrstors xrstors64 rdmsr wrmsr rdpmc rdtsc rdtscp rdpid rdrand rdseed "
@@ -37,6 +38,7 @@ def _moves_control_register(code: int) -> bool:
     )
 
 
+@lru_cache(maxsize=1)
 def intercepted_forms() -> bytes:
     """1 for each iced-x86 ``Code`` that the machine intercepts."""
     table = bytearray(max(FORM_NAMES) + 1)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sandbox.boot import USER_CODE_64, USER_DATA, Machine, enter_long_mode, make_space, reset
+from sandbox.cases import uses_x87
 from sandbox.conformance import Outcome
 from sandbox.cpu import ERROR_CODE_VECTORS, PF_, UD, Fault
 from sandbox.decode import Insn
@@ -102,11 +103,6 @@ class Stage:
             state.st = [read(f"st{number}") for number in range(8)]
             state.fpcw, state.fpsw, state.fptag = read("fpcw"), read("fpsw"), read("fptag")
         return state
-
-
-def uses_x87(insn: Insn) -> bool:
-    """Whether the instruction may touch the x87 or MMX registers."""
-    return any(f.startswith(("FPU", "MMX", "D3NOW")) for f in insn.features) or "_MM" in insn.form
 
 
 class FastPath:

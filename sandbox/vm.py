@@ -20,7 +20,7 @@ from sandbox.policy import Policy
 from sandbox.settings import Settings
 from sandbox.vcpu import Vcpu
 
-DEFAULT_POLICY = "baseline"
+DEFAULT_POLICY = "verified"
 KERNEL_PACKS = ("system",)
 EMULATOR_PACKS = ("integer",)
 

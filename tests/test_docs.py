@@ -300,7 +300,8 @@ def test_every_file_named_exists() -> None:
     for document in DOCUMENTS:
         prose = FENCE.sub("", text_of(document))
         paths = re.findall(r"`((?:sandbox|handlers|guests|tests|docs)/[\w./-]+)`", prose)
-        paths += re.findall(r"\]\(([\w./-]+)\)", prose)
+        folder = Path(document).parent
+        paths += [str(folder / link) for link in re.findall(r"\]\(([\w./-]+)\)", prose)]
         for path in paths:
             assert (ROOT / path).exists(), f"{document} names {path}"
     for name in re.findall(r"`(\w+\.py)`", text_of("ARCHITECTURE.md")):
