@@ -9,6 +9,7 @@ raised inside it.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -18,6 +19,8 @@ from sandbox.fallback import HandlerTimeout
 
 TICK_SECONDS = 0.02
 GRACE_SECONDS = 0.25
+_EMULATING = frozenset({"trapped", "_step"})
+"""Functions of the vCPU that call handlers."""
 
 
 class Watched(Protocol):
@@ -66,10 +69,28 @@ class Watchdog:
                 now = time.monotonic()
                 for vcpu in self._running:
                     vcpu.interrupt()
-                    if vcpu.deadline is not None and now > vcpu.deadline + GRACE_SECONDS:
+                    late = vcpu.deadline is not None and now > vcpu.deadline + GRACE_SECONDS
+                    if late and _in_handler_tier(vcpu.thread):
                         self._late.add(vcpu)
                         _raise_in(vcpu.thread, HandlerTimeout)
             time.sleep(TICK_SECONDS)
+
+
+def _in_handler_tier(thread: int) -> bool:
+    """Whether a thread is emulating an instruction, and not in the engine or on its way out.
+
+    An exception inside the engine's callbacks would be lost, and with it the check of a block. From
+    the handler tier there is no way into the engine that Python does not raise it before.
+    """
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("sandbox.engine."):
+            return False
+        if name == "sandbox.vcpu" and frame.f_code.co_name in _EMULATING:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _raise_in(thread: int, error: type[BaseException]) -> None:

@@ -1,7 +1,8 @@
 """Random bytes as guests: ``python -m tests.fuzz_engine [--seconds N] [--seed N]``.
 
 ``confined``: only a few forms are allowed, which change nothing but CF, DF and RIP. Whatever else
-changes was done by a forbidden instruction. ``open``: the baseline with all handlers; only the
+changes was done by a forbidden instruction. Long mode in turn with page tables of the guest's own.
+``open``: the baseline with all handlers; only the
 process is at stake: nothing but an exit or an error of the sandbox's own may come of it.
 """
 
@@ -20,7 +21,7 @@ from sandbox.errors import SandboxError
 from sandbox.exits import EmulationFailure, Exit, GuestException, Hlt, Intr, Io, Mmio, Shutdown
 from sandbox.registers import CF, DF, DescriptorTable, Segment
 from sandbox.stats import TraceRecord
-from tests.guest import BASE, MODES, machine, policy
+from tests.guest import BASE, MODES, machine, own_tables, policy
 
 ALLOWED = ("clc", "stc", "cmc", "cld", "std", "jmp", "jb", "jae", "je", "jne", "nop", "endbr64")
 """JMP of a register or memory is among them: only its target is of interest."""
@@ -72,6 +73,8 @@ def confined(mode: Mode, rng: random.Random, until: float) -> Counter[str]:
         registers = vcpu.registers
         trapped: list[TraceRecord] = []
         vcpu.on_trap = trapped.append
+        if mode == "long" and rng.random() < 0.5:
+            found.vm.engine.bank.write("cr3", own_tables(found).root)
         while time.process_time() < until:
             code = soup(rng)
             at = rng.choice((BASE, BASE + 0x10, 0x2000 - len(code) // 2, 0x2000 - 3))

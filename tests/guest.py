@@ -16,6 +16,7 @@ from sandbox.decode import Insn
 from sandbox.descriptors import Gate, serialise_gate
 from sandbox.exits import Hlt
 from sandbox.handler import FunctionHandler, Pack
+from sandbox.paging import AddressSpace, FrameAllocator
 from sandbox.policy import Policy
 from sandbox.registers import DescriptorTable, Segment
 from sandbox.vm import Vm
@@ -99,3 +100,13 @@ def enter_user_mode(found: Machine) -> None:
 def quads(found: Machine, address: int, count: int) -> list[int]:
     """``count`` little-endian 64-bit words of guest physical memory."""
     return list(struct.unpack(f"<{count}Q", found.vm.memory.read(address, 8 * count)))
+
+
+def own_tables(found: Machine, *, at: int = 0x10_0000) -> AddressSpace:
+    """Page tables in the guest's own RAM, mapped there: the first 2 MiB, all rights."""
+    space = AddressSpace(
+        found.vm.memory, FrameAllocator(found.vm.memory, at, 0x10_0000), lambda: None
+    )
+    space.map(0, 0, 0x20_0000, write=True, execute=True)
+    space.map(0x8000_0000 - 0x1000, 0x8000_0000 - 0x1000, 0x2000, write=True, execute=False)
+    return space

@@ -10,10 +10,20 @@ import pytest
 from guests.assemble import assemble
 from sandbox.boot import Machine, Mode
 from sandbox.exits import EmulationFailure, GuestException, Hlt
-from sandbox.paging import AddressSpace, FrameAllocator
+from sandbox.paging import AddressSpace
 from sandbox.registers import RAX, RBX, RCX, RDI, RSP
 from tests.fuzz_engine import confined
-from tests.guest import BASE, BITNESS, MODES, Recorder, add_idt, machine, policy, run_to_hlt
+from tests.guest import (
+    BASE,
+    BITNESS,
+    MODES,
+    Recorder,
+    add_idt,
+    machine,
+    own_tables,
+    policy,
+    run_to_hlt,
+)
 
 REGISTERS = {
     "real": ("cx", "si", "di", "ax"),
@@ -352,16 +362,6 @@ def test_undecodable_bytes_are_an_emulation_failure_at_their_address(raw: str) -
         assert found.vcpu.registers.rip == BASE + 2
     assert left.insn_size == 15
     assert left.bytes.startswith(bytes.fromhex(raw)[:15])
-
-
-def own_tables(found: Machine, *, at: int = 0x10_0000) -> AddressSpace:
-    """Page tables in the guest's own RAM, mapped there: the first 2 MiB, all rights."""
-    space = AddressSpace(
-        found.vm.memory, FrameAllocator(found.vm.memory, at, 0x10_0000), lambda: None
-    )
-    space.map(0, 0, 0x20_0000, write=True, execute=True)
-    space.map(0x8000_0000 - 0x1000, 0x8000_0000 - 0x1000, 0x2000, write=True, execute=False)
-    return space
 
 
 def entry_of(found: Machine, space: AddressSpace, page: int) -> int:
