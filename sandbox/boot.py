@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
-from sandbox.engine.unicorn_state import UnicornBank
+from sandbox.engine.protocol import EngineBank
 from sandbox.errors import GuestImageError
 from sandbox.memory import PAGE_MASK, PAGE_SIZE
 from sandbox.paging import AddressSpace, FrameAllocator
@@ -178,5 +178,5 @@ def enter_long_mode(machine: Machine, space: AddressSpace) -> None:
     _control(machine, CR0_PE | CR0_WP | CR0_PG, CR4_PAE | CR4_FSGSBASE)
 
 
-def _bank(machine: Machine) -> UnicornBank:
+def _bank(machine: Machine) -> EngineBank:
     return machine.vm.engine.bank

@@ -208,6 +208,15 @@ class CpuidModel:
         eax, ebx, ecx, edx = self._leaves.get(key, _ZERO)
         return eax, ebx, ecx, edx
 
+    def leaves(self) -> dict[tuple[int, int], Leaf]:
+        """All answers but the zero ones, by (leaf, subleaf), for KVM_SET_CPUID2."""
+        return {at: (w[0], w[1], w[2], w[3]) for at, w in self._leaves.items()}
+
+    @staticmethod
+    def is_indexed(leaf: int) -> bool:
+        """Whether a leaf looks at ECX."""
+        return leaf in _INDEXED
+
     def bind(self, cpu: Cpu) -> Callable[[int, int], Leaf]:
         """CPUID as one vCPU executes it."""
         registers = cpu.registers

@@ -10,6 +10,7 @@ from typing import Any
 from sandbox import events
 from sandbox.cpu import ERROR_CODE_VECTORS, PF_, UD, Cpu, Fault
 from sandbox.decode import Insn
+from sandbox.devices import answer
 from sandbox.engine.protocol import Engine, Stop
 from sandbox.errors import SandboxError
 from sandbox.exits import (
@@ -19,7 +20,6 @@ from sandbox.exits import (
     Intr,
     Io,
     Mmio,
-    RunPage,
     Shutdown,
 )
 from sandbox.fallback import HandlerTimeout, handler_error, timeout_error
@@ -43,7 +43,7 @@ class Vcpu:
         self.registers = engine.registers
         self.cpu = Cpu(engine.registers, engine.memory)
         self.cpu.services["system_memory"] = engine.system_memory
-        self.page = RunPage()
+        self.page = engine.page
         self.stats = Stats()
         self.on_trap: Callable[[TraceRecord], None] | None = None
         """Called after each trapped instruction."""
@@ -281,6 +281,8 @@ class Vcpu:
         if stop is Stop.ASKED:
             self.engine.tick()
             return self._deliver_exit(Intr()) if self._asked else None
+        if stop is Stop.EXIT:
+            return self._engine_exit()
         self.engine.sync()
         if stop is Stop.EXCEPTION:
             engine = self.engine
@@ -322,14 +324,27 @@ class Vcpu:
         return self._failure()
 
     def _failure(self) -> Exit:
-        return self._deliver_exit(EmulationFailure.of(self._sites.fetched(self.registers.rip)))
+        left = self.engine.failure()
+        if left is None:
+            left = EmulationFailure.of(self._sites.fetched(self.registers.rip))
+        return self._deliver_exit(left)
 
     def _fetch_failure(self) -> Any:
         """RIP is in no slot: an emulation failure without bytes."""
         settings = self._settings
         if not settings.exit_on_emulation_failure and self.cpu.cpl:
             return self._inject(Fault(UD))
-        return self._deliver_exit(EmulationFailure.of(None))
+        return self._deliver_exit(self.engine.failure() or EmulationFailure.of(None))
+
+    def _engine_exit(self) -> Any:
+        """An exit of the engine's own: a device answers it, or the caller."""
+        left = self.engine.left
+        assert left is not None
+        if answer(left, self._settings.ports, self._settings.memory):
+            left.complete(self.page)
+            return None
+        self._await(lambda: left.complete(self.page))
+        return left
 
     def _deliver_exit(self, left: Exit) -> Exit:
         left.to_run(self.page)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sandbox import abi
 from sandbox.cpuid import CpuidModel, Leaf, features
+from sandbox.engine.protocol import Engine
 from sandbox.engine.unicorn import UnicornEngine
-from sandbox.errors import KvmError, MemoryMapError, SandboxError
+from sandbox.errors import EngineError, KvmError, MemoryMapError, SandboxError
 from sandbox.fallback import HandlerTable
 from sandbox.handler import Pack
 from sandbox.memory import Device, DeviceRange, Slot
@@ -21,6 +22,8 @@ from sandbox.settings import Settings
 from sandbox.vcpu import Vcpu
 
 DEFAULT_POLICY = "verified"
+ENGINES = ("unicorn", "kvm")
+DEFAULT_ENGINE = "unicorn"
 KERNEL_PACKS = ("system",)
 EMULATOR_PACKS = ("integer",)
 
@@ -38,12 +41,19 @@ class Vm:
         self,
         policy: str | Path | Policy = DEFAULT_POLICY,
         handlers: Iterable[str | Path | Pack] = (),
+        *,
+        engine: str = DEFAULT_ENGINE,
     ) -> None:
+        if engine not in ENGINES:
+            raise EngineError(f"engine {engine!r}: there are {' and '.join(ENGINES)}")
+        self.engine_name = engine
+        self._offers: Callable[[str], bool] | None = None
+        """Which features the processor has, where the engine runs on a real one."""
         self._settings = Settings(policy if isinstance(policy, Policy) else Policy.load(policy))
         self.memory = self._settings.memory
         """Guest physical memory."""
         self.vcpu: Vcpu | None = None
-        self._engine: UnicornEngine | None = None
+        self._engine: Engine | None = None
         self._xcr0_wanted = 0
         for table, names in (
             (self._settings.kernel, KERNEL_PACKS),
@@ -77,16 +87,28 @@ class Vm:
                 errno.EINVAL,
                 f"KVM_CAP_EXIT_ON_EMULATION_FAILURE: the argument must be 0 or 1, not {arg:#x}",
             )
+        if self._engine is not None:
+            self._engine.set_exit_on_failure(bool(arg))
         self._settings.exit_on_emulation_failure = bool(arg)
 
     def create_vcpu(self) -> Vcpu:
         """The VM's vCPU, in the state after reset: real mode, all else as SDM table 9-1."""
         if self.vcpu is not None:
             raise KvmError(errno.EEXIST, "this VM has its vCPU already; make another Vm")
-        self._engine = UnicornEngine(self.memory)
+        self._engine = self._make_engine()
+        self._engine.set_exit_on_failure(self._settings.exit_on_emulation_failure)
         self.vcpu = Vcpu(self._engine, self._settings)
         self._apply()
         return self.vcpu
+
+    def _make_engine(self) -> Engine:
+        if self.engine_name == "unicorn":
+            return UnicornEngine(self.memory)
+        from sandbox.engine.kvm import KvmEngine  # not needed, and not imported, for Unicorn
+
+        engine = KvmEngine(self.memory, self.cpuid_model)
+        self._offers = engine.offers
+        return engine
 
     # -- memory and devices ---------------------------------------------------------------------
 
@@ -137,7 +159,7 @@ class Vm:
         return bool(settings.policy.allowed[code]) or settings.handlers.takes(code)
 
     @property
-    def engine(self) -> UnicornEngine:
+    def engine(self) -> Engine:
         """The fast path of the vCPU."""
         if self._engine is None:
             raise SandboxError("this VM has no vCPU yet: call create_vcpu()")
@@ -163,8 +185,10 @@ class Vm:
         return cpuid(leaf, subleaf)
 
     def cpuid_model(self) -> CpuidModel:
-        """What the guest is told it has: what the fast path and the handlers run right."""
-        return CpuidModel(features(self.runs_form))
+        """What the guest is told it has: what the fast path and the handlers run right, and where
+        the fast path is a real processor, no more than that has."""
+        found = features(self.runs_form)
+        return CpuidModel(found if self._offers is None else filter(self._offers, found))
 
     def enable_xstate(self, components: int) -> None:
         """Have the guest start with these bits of XCR0 set, as far as CPUID offers them.
@@ -178,7 +202,8 @@ class Vm:
     def _light_xcr0(self) -> None:
         if self._xcr0_wanted and self.vcpu is not None:
             wanted, self._xcr0_wanted = self._xcr0_wanted, 0
-            self.vcpu.registers.xcr0 = wanted & self.cpuid_model().xcr0_mask
+            model = CpuidModel(features(self.runs_form))  # of the handler tier, not the processor
+            self.vcpu.registers.xcr0 = wanted & model.xcr0_mask
 
     def close(self) -> None:
         """Free the engine."""

@@ -7,8 +7,9 @@ from enum import IntEnum
 from typing import Protocol
 
 from sandbox.decode import Insn
+from sandbox.exits import Exit, RunPage
 from sandbox.paging import PagedMemory
-from sandbox.registers import Registers
+from sandbox.registers import Bank, Registers
 
 
 class Stop(IntEnum):
@@ -24,12 +25,28 @@ class Stop(IntEnum):
     """The next instruction lies in no slot."""
     ASKED = 4
     """:meth:`Engine.stop` was called."""
+    EXIT = 5
+    """An exit that the engine itself made: see ``left``; it stands in ``page`` already."""
+
+
+class EngineBank(Bank, Protocol):
+    """The registers of an engine, which can also start in other modes than long mode."""
+
+    def leave_long_mode(self) -> None:
+        """Clear EFER, LMA too: for a guest that starts in real or protected mode."""
+        ...
 
 
 class Engine(Protocol):
     """Runs guest code until something needs the machine."""
 
     registers: Registers
+    page: RunPage
+    """What the vCPU shares with its user."""
+    trusted_root: int | None
+    """CR3 of page tables that only the machine changes."""
+    left: Exit | None
+    """After ``Stop.EXIT``: the exit."""
     on_float_control: Callable[[str, int], None]
     """Called with name and value after each write of ``mxcsr`` or ``fpcw`` to the registers."""
     memory: PagedMemory
@@ -40,6 +57,9 @@ class Engine(Protocol):
     error_code: int
     generation: int
     """Changes whenever what was found at a linear address may no longer hold."""
+
+    @property
+    def bank(self) -> EngineBank: ...
 
     def enter(self) -> Stop:
         """Run from RIP; no other method but :meth:`stop` may be called meanwhile."""
@@ -63,6 +83,14 @@ class Engine(Protocol):
 
     def tick(self) -> None:
         """Housekeeping; called a few times a second between two :meth:`enter`."""
+        ...
+
+    def failure(self) -> Exit | None:
+        """The emulation failure that the engine itself reported for the instruction at RIP."""
+        ...
+
+    def set_exit_on_failure(self, on: bool) -> None:
+        """KVM_CAP_EXIT_ON_EMULATION_FAILURE was switched."""
         ...
 
     def sync(self) -> None:

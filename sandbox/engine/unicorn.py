@@ -44,6 +44,7 @@ from sandbox.engine.unicorn_library import (
 )
 from sandbox.engine.unicorn_state import CR0_PG, UnicornBank
 from sandbox.errors import EngineError
+from sandbox.exits import Exit, RunPage
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.paging import PagedMemory, Walker
 from sandbox.policy import ASK, TRAP
@@ -109,6 +110,8 @@ class UnicornEngine:
         self.memory = PagedMemory(walker, physical)
         self.system_memory = PagedMemory(walker, physical, implicit=True)
         self.trusted_root: int | None = None
+        self.page = RunPage()
+        self.left: Exit | None = None
         self.vector = self.error_code = self.generation = 0
         self._traps = b""
         self._reported: list[int] = []
@@ -327,6 +330,13 @@ class UnicornEngine:
     def stop(self) -> None:
         if not self._closed:
             self._library.free.uc_emu_stop(self._handle)
+
+    def failure(self) -> Exit | None:
+        """None: Unicorn reports no bytes."""
+        return None
+
+    def set_exit_on_failure(self, on: bool) -> None:
+        """Nothing: the run loop goes by the settings."""
 
     def tick(self) -> None:
         """Let Unicorn's TLB grow with the guest's working set; call it while the guest is stopped.
