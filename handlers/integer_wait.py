@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Register
 
 from handlers.flags import MASK, STATUS
-from handlers.integer import Read, general_register
+from handlers.integer import REGISTERS, Read, general_register
 from sandbox.cpu import GP, UD, Fault
 from sandbox.handler import Action, Handler
 from sandbox.registers import DS, ES, FS, GS, RAX, RCX, SS
@@ -47,18 +47,13 @@ class UserMonitor(Handler):
     restartable = True
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
-        register = insn.iced.op0_register
-        bits = general_register(cpu, register).bits
-        number = register - _FIRST[bits]
+        number, bits, _ = REGISTERS[insn.iced.op0_register]
         address, read = bind_implied_address(cpu, insn, number, bits), cpu.read
 
         def action() -> None:
             read(address(), 1)
 
         return action
-
-
-_FIRST = {16: Register.AX, 32: Register.EAX, 64: Register.RAX}
 
 
 class UserWait(Handler):

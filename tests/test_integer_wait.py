@@ -68,6 +68,12 @@ def test_monitors_fault_as_loads_do(code: str) -> None:
     assert fault_of("67" + code, rax=0x5_0001_0000) is None
 
 
+def test_umonitor_takes_any_register() -> None:
+    cpu = make_cpu()
+    cpu.gpr[9] = 0x10000
+    assert bind(cpu, decode(bytes.fromhex("f3410faef1"), 64))() is None
+
+
 @pytest.mark.parametrize(
     ("code", "extension"), [(MONITOR, 0), (MWAIT, 1), (MONITORX, 0), (MWAITX, 3)]
 )
