@@ -15,11 +15,12 @@ from sandbox.boot import Machine, boot_flat
 from sandbox.console import DEBUG_PORT, SERIAL_COUNT, SERIAL_PORT, Console
 from sandbox.errors import GuestImageError, HandlerError, HandlerTimeoutError, SandboxError
 from sandbox.exits import EmulationFailure, Exit, GuestException, Hlt, Intr, Io, Mmio, Shutdown
+from sandbox.interrupt import run_interruptibly
 from sandbox.policy import Policy
 from sandbox.registers import GPR_NAMES
 from sandbox.report import report_data, write_report
 from sandbox.trace import summary, tracer
-from sandbox.vm import Vm
+from sandbox.vm import DEFAULT_ENGINE, Vm
 
 BITNESS = {"real": 16, "protected": 32, "long": 64}
 DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx", "amd")
@@ -54,7 +55,10 @@ def make_vm(options: Namespace, kind: Kind) -> Vm:
         wanted += [name for name in DEFAULT_PACKS if name not in wanted]
         if kind is Kind.ELF and "linux" not in wanted:
             wanted.append("linux")
-    vm = Vm(policy, wanted)
+    engine = getattr(options, "engine", DEFAULT_ENGINE)
+    if engine == "kvm" and "none" not in options.handlers and "system" not in wanted:
+        wanted.append("system")  # what KVM cannot emulate may be any instruction
+    vm = Vm(policy, wanted, engine=engine)
     vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
     return vm
 
@@ -112,7 +116,7 @@ def _run(machine: Machine, options: Namespace) -> int:
     left: Any = None
     try:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        left = vcpu.run(timeout)
+        left = run_interruptibly(vcpu, timeout)
         status, message = status_of(machine, left, options)
     except KeyboardInterrupt:
         status, message = STATUS_INTERRUPTED, f"interrupted at {vcpu.registers.rip:#x}"

@@ -328,7 +328,7 @@ def test_timeout_is_124(source: str, tmp_path: Path, sandbox: Command) -> None:
 # Ctrl-C
 
 
-@pytest.mark.parametrize("kind", ["loop", "handler", "trapped", "linux"])
+@pytest.mark.parametrize("kind", ["loop", "handler", "trapped", "linux", "translating"])
 def test_ctrl_c_stops_anything_at_once_with_130(kind: str, tmp_path: Path) -> None:
     """Each guest says that it runs, then does so for ever."""
     says = "mov dx, 0x3f8\n mov al, 0x21\n out dx, al\n"
@@ -336,6 +336,11 @@ def test_ctrl_c_stops_anything_at_once_with_130(kind: str, tmp_path: Path) -> No
         "loop": f"{says} again: jmp again",
         "handler": f"{says} .byte 0x0f, 0x3f",
         "trapped": f"{says} again: cpuid\n jmp again",
+        "translating": f"""{says}
+            again: lea rdi, [rip + place]
+            inc dword ptr [rdi + 1]             # its own code: translated again each time
+        place: mov eax, 0
+            jmp again""",
         "linux": "mov eax, 1\n mov edi, 1\n lea rsi, [rip]\n mov edx, 1\n syscall\n l: jmp l",
     }
     handlers = write(
