@@ -81,6 +81,13 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_policy(parser)
     add = parser.add_argument
+    add(
+        "--engine",
+        choices=("unicorn", "kvm"),
+        default="unicorn",
+        help="what runs the guest: Unicorn under the policy (default), or Linux KVM, where the "
+        "processor runs all it can",
+    )
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop after this time, status 124")
     add("--max-exits", type=_count, metavar="N", help="stop after N trapped instructions")
     add("--trace", action="store_true", help="print each trapped instruction to stderr")
