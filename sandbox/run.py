@@ -23,7 +23,7 @@ from sandbox.trace import summary, tracer
 from sandbox.vm import DEFAULT_ENGINE, Vm
 
 BITNESS = {"real": 16, "protected": 32, "long": 64}
-DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx", "amd")
+DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx")
 
 STATUS_TIMEOUT = 124
 STATUS_LIMIT = 125
