@@ -10,7 +10,8 @@ from __future__ import annotations
 from handlers.linux import clocks, filesystem, identity, mman, signals, threads, transfer, tree
 from handlers.linux.files import Files
 from handlers.linux.memory import AddressSpace, FrameAllocator
-from handlers.linux.process import Identity, Process, ProcessExit
+from handlers.linux.outcome import ProcessExit
+from handlers.linux.process import Identity, Process
 from handlers.linux.roots import Root
 from handlers.linux.start import Machine, ProcessStart, start_process
 from handlers.linux.syscalls import SYSCALLS, emulate_syscall

@@ -5,12 +5,10 @@ from __future__ import annotations
 import struct
 import time
 from errno import EINVAL
-from typing import TYPE_CHECKING
 
-from handlers.linux.syscalls import Again, error, syscall
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
+from handlers.linux.outcome import Again, error
+from handlers.linux.process import Process
+from handlers.linux.syscalls import syscall
 
 _TIMESPEC = struct.Struct("<qq")
 SECOND = 1_000_000_000

@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass, field
 from errno import EAGAIN, EBADF, EINVAL, EMFILE, ENOENT, ENOTDIR
 
+from handlers.linux.outcome import Again, error
 from handlers.linux.roots import Place, Root
-from handlers.linux.syscalls import Again, error
 
 MAX_FILES = 1024
 """Descriptors a program may have (RLIMIT_NOFILE)."""

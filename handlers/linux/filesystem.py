@@ -8,15 +8,13 @@ import stat
 import struct
 from errno import EACCES, EINVAL, ENOSYS, ENOTDIR, ENOTTY, ERANGE, EROFS, ESPIPE
 from fcntl import ioctl as host_ioctl
-from typing import TYPE_CHECKING
 
 from handlers.linux.clocks import read_timespec
 from handlers.linux.files import AT_FDCWD, MAX_FILES, WAIT_MS, Files, OpenFile, pack_stat
+from handlers.linux.outcome import Again, error
+from handlers.linux.process import Process
 from handlers.linux.roots import Place
-from handlers.linux.syscalls import Again, error, syscall
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
+from handlers.linux.syscalls import syscall
 
 AT_SYMLINK_NOFOLLOW, AT_EMPTY_PATH, AT_NO_AUTOMOUNT = 0x100, 0x1000, 0x800
 TCGETS, TIOCGWINSZ = 0x5401, 0x5413

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import struct
 from errno import EFAULT, EINVAL, EPERM, ESRCH
-from typing import TYPE_CHECKING
 
 from handlers.linux.memory import HIGHEST
-from handlers.linux.syscalls import error, syscall
+from handlers.linux.outcome import error
+from handlers.linux.process import Process
+from handlers.linux.syscalls import syscall
 from sandbox.cpu import Fault
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
 
 UTSNAME = (
     b"Linux",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from errno import EINVAL, ENOMEM
 from typing import Protocol
 
-from handlers.linux.syscalls import error
+from handlers.linux.outcome import error
 
 PAGE = 4096
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4

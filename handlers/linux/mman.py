@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from errno import EACCES, EEXIST, EFAULT, EINVAL, ENODEV, ENOMEM, EPERM
-from typing import TYPE_CHECKING
 
 from handlers.linux.files import OpenFile
 from handlers.linux.memory import PAGE, PROT_READ, PROT_WRITE, check_range, page_down, page_up
-from handlers.linux.syscalls import error, syscall
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
+from handlers.linux.outcome import error
+from handlers.linux.process import Process
+from handlers.linux.syscalls import syscall
 
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0xF
 MAP_FIXED, MAP_ANONYMOUS, MAP_32BIT, MAP_FIXED_NOREPLACE = 0x10, 0x20, 0x40, 0x10_0000

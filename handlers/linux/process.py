@@ -14,21 +14,9 @@ from typing import Any
 
 from handlers.linux.files import Files
 from handlers.linux.memory import PAGE, MemoryMap
-from handlers.linux.signals import Signals
-from handlers.linux.syscalls import Leave, error
+from handlers.linux.outcome import Leave, ProcessExit, error
+from handlers.linux.signal_state import Signals
 from sandbox.cpu import Cpu, Fault
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessExit:
-    """The program ended: ``status`` as a shell shows it, 128 + ``signal`` if it was killed.
-
-    ``reason`` is one line for people where the program did not just exit.
-    """
-
-    status: int
-    signal: int | None = None
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

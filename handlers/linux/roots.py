@@ -15,7 +15,7 @@ import stat
 from collections import deque
 from errno import EACCES, EEXIST, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS, ESTALE
 
-from handlers.linux.syscalls import error
+from handlers.linux.outcome import error
 from sandbox.errors import SandboxError
 
 MAX_LINKS = 40

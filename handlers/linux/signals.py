@@ -6,16 +6,13 @@ but for SIGPIPE, where the call's EPIPE says the same.
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass, field
 from errno import EINVAL, ENOMEM, EPERM, ESRCH
 from signal import Signals as Number
-from typing import TYPE_CHECKING
 
-from handlers.linux.syscalls import Again, error, syscall
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
+from handlers.linux.outcome import Again, error
+from handlers.linux.process import Process
+from handlers.linux.signal_state import SS_DISABLE, STACK_T
+from handlers.linux.syscalls import syscall
 
 SIG_DFL, SIG_IGN = 0, 1
 SIG_BLOCK, SIG_UNBLOCK, SIG_SETMASK = 0, 1, 2
@@ -27,25 +24,7 @@ _STOPPING = frozenset({Number.SIGSTOP, Number.SIGTSTP, Number.SIGTTIN, Number.SI
 _ACTION = 32
 """Bytes of the kernel's ``struct sigaction``: handler, flags, restorer, mask."""
 _SIGSET = 8
-_STACK = struct.Struct("<QixxxxQ")
-"""``stack_t``: sp, flags, size."""
-SS_DISABLE = 2
 MINSIGSTKSZ = 2048
-
-
-@dataclass(slots=True)
-class Signals:
-    """What a program said about signals."""
-
-    actions: dict[int, bytes] = field(default_factory=dict)
-    """Signal to its ``struct sigaction``."""
-    mask: int = 0
-    pending: int = 0
-    stack: bytes = field(default_factory=lambda: _STACK.pack(0, SS_DISABLE, 0))
-
-    def disposition(self, signal: int) -> int:
-        """SIG_DFL, SIG_IGN or the address of a handler."""
-        return int.from_bytes(self.actions.get(signal, bytes(8))[:8], "little")
 
 
 def _name(signal: int) -> str:
@@ -138,14 +117,14 @@ def rt_sigpending(process: Process, where: int, size: int) -> int:
 def sigaltstack(process: Process, new: int, old: int) -> int:
     before, wanted = process.signals.stack, None
     if new:
-        wanted = process.cpu.read(new, _STACK.size)
-        _sp, flags, size = _STACK.unpack(wanted)
+        wanted = process.cpu.read(new, STACK_T.size)
+        _sp, flags, size = STACK_T.unpack(wanted)
         if flags & ~SS_DISABLE:
             raise error(EINVAL)
         if not flags & SS_DISABLE and size < MINSIGSTKSZ:
             raise error(ENOMEM)
         if flags & SS_DISABLE:
-            wanted = _STACK.pack(0, SS_DISABLE, 0)
+            wanted = STACK_T.pack(0, SS_DISABLE, 0)
     if old:
         process.cpu.write(old, before)
     if wanted is not None:

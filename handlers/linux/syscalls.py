@@ -11,45 +11,22 @@ It returns its result; an ``OSError`` becomes ``-errno``, a guest pointer that f
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from handlers.linux.names import syscall_name
-from sandbox.cpu import Fault
+from handlers.linux.outcome import Again, Leave
+from handlers.linux.process import Process
+from sandbox.cpu import Cpu, Fault
+from sandbox.decode import Insn
 from sandbox.handler import Decline, Exit, Resume, Verdict, handler
 from sandbox.registers import RAX, RCX, RDI, RDX, RSI
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process, ProcessExit
-    from sandbox.cpu import Cpu
-    from sandbox.decode import Insn
 
 R8, R9, R10, R11 = 8, 9, 10, 11
 ARGUMENTS = (RDI, RSI, RDX, R10, R8, R9)
 """Where the arguments stand (System V ABI for x86-64, A.2.1)."""
 
 PATH_MAX = 4096
-
-
-class Again(Exception):
-    """The call has to wait: the guest executes the instruction again.
-
-    So no call blocks for long, and a timeout, a stop or Ctrl-C gets its turn in between.
-    """
-
-
-class Leave(Exception):
-    """The process is over."""
-
-    def __init__(self, exit: ProcessExit) -> None:
-        super().__init__(exit)
-        self.exit = exit
-
-
-def error(number: int) -> OSError:
-    """The exception by which a call fails with ``-number``."""
-    return OSError(number, os.strerror(number))
 
 
 def _int(_process: Process, raw: int) -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from errno import EAGAIN, EINVAL, ENOSYS, ESRCH, ETIMEDOUT
-from typing import TYPE_CHECKING
 
 from handlers.linux.clocks import read_timespec, sleep_for, wait_until
-from handlers.linux.syscalls import error, syscall
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
+from handlers.linux.outcome import error
+from handlers.linux.process import Process
+from handlers.linux.syscalls import syscall
 
 FUTEX_WAIT, FUTEX_WAKE, FUTEX_WAIT_BITSET, FUTEX_WAKE_BITSET = 0, 1, 9, 10
 _FUTEX_FLAGS = 0x80 | 0x100

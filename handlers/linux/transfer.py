@@ -12,16 +12,14 @@ import stat
 import struct
 import time
 from errno import EBADF, EFAULT, EINVAL, EISDIR, ESPIPE
-from typing import TYPE_CHECKING
 
 from handlers.linux import signals
 from handlers.linux.files import PIPE_BUF, OpenFile
 from handlers.linux.memory import HIGHEST
-from handlers.linux.syscalls import Again, error, syscall
+from handlers.linux.outcome import Again, error
+from handlers.linux.process import Process
+from handlers.linux.syscalls import syscall
 from sandbox.cpu import Fault
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
 
 CHUNK = 1 << 20
 """Most bytes moved at once."""

@@ -10,14 +10,12 @@ from __future__ import annotations
 import os
 import stat
 from errno import EBUSY, EEXIST, EINVAL, EISDIR, ENOENT, ENOTDIR, EROFS
-from typing import TYPE_CHECKING
 
 from handlers.linux.files import AT_FDCWD
+from handlers.linux.outcome import error
+from handlers.linux.process import Process
 from handlers.linux.roots import Place
-from handlers.linux.syscalls import error, syscall
-
-if TYPE_CHECKING:
-    from handlers.linux.process import Process
+from handlers.linux.syscalls import syscall
 
 AT_REMOVEDIR = 0x200
 
