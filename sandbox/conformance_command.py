@@ -19,7 +19,7 @@ from sandbox.encodings import all_forms, forms_with
 from sandbox.engine.unicorn_library import library
 from sandbox.errors import SandboxError
 from sandbox.native import NativeCpu
-from sandbox.run import DEFAULT_PACKS
+from sandbox.run import INSTRUCTION_PACKS
 from sandbox.verified import write_known_wrong, write_policy
 
 TIERS = {"fast": ("fast",), "handlers": ("handlers",), "both": ("fast", "handlers")}
@@ -83,7 +83,7 @@ def _run(options: Namespace) -> Iterator[Finding]:
     requests = [(tier, code) for code in codes for tier in TIERS[options.tier]]
     started = shown = time.monotonic()
     total = 0
-    packs = options.handlers or DEFAULT_PACKS
+    packs = options.handlers or INSTRUCTION_PACKS
     with Campaign(packs, options.jobs) as campaign:
         answers = campaign.run(requests, options.cases, options.seed)
         for number, findings in enumerate(answers, 1):

@@ -24,6 +24,8 @@ from sandbox.vm import DEFAULT_ENGINE, Vm
 
 BITNESS = {"real": 16, "protected": 32, "long": 64}
 DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx")
+INSTRUCTION_PACKS = (*DEFAULT_PACKS, "amd")
+"""All that emulate instructions for user programs: what is checked against hardware."""
 
 STATUS_TIMEOUT = 124
 STATUS_LIMIT = 125

@@ -23,7 +23,7 @@ from sandbox.decode import FORM_NAMES, Insn
 from sandbox.encodings import all_forms, encodings
 from sandbox.golden import make_record, reduced
 from sandbox.native import NativeCpu, missing_features
-from sandbox.run import DEFAULT_PACKS
+from sandbox.run import INSTRUCTION_PACKS
 from sandbox.subjects import HandlerTier, Stage
 
 FILE = Path(__file__).parent / "golden" / "vectors.json.xz"
@@ -47,7 +47,7 @@ def chosen(code: int, handlers: HandlerTier) -> list[Insn]:
 
 def records(seed: int) -> Iterator[dict[str, Any]]:
     """The records of all forms, in iced-x86's order."""
-    handlers, cpu = HandlerTier(Stage(DEFAULT_PACKS)), NativeCpu.shared()
+    handlers, cpu = HandlerTier(Stage(INSTRUCTION_PACKS)), NativeCpu.shared()
     for code in all_forms():
         for insn in chosen(code, handlers):
             states = [reduced(insn, state) for state in Cases(insn, seed).take(CASES)]

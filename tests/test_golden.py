@@ -10,7 +10,7 @@ import pytest
 
 from sandbox.conformance import defined_flags, difference
 from sandbox.golden import read_record
-from sandbox.run import DEFAULT_PACKS
+from sandbox.run import INSTRUCTION_PACKS
 from sandbox.subjects import HandlerTier, Stage
 from tests.record_golden import FILE
 
@@ -19,7 +19,7 @@ PARTS = 8
 
 @pytest.fixture(scope="module")
 def handlers() -> HandlerTier:
-    return HandlerTier(Stage(DEFAULT_PACKS))
+    return HandlerTier(Stage(INSTRUCTION_PACKS))
 
 
 @pytest.fixture(scope="module")
