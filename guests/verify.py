@@ -229,6 +229,8 @@ def _same_registers(wanted: Memory, insn: Instruction) -> bool:
     base = REGISTERS[wanted.base] if wanted.base else 0
     index = REGISTERS[wanted.index] if wanted.index else 0
     actual = (insn.memory_base, insn.memory_index)
+    if not base and not index and actual[0] == Register.RIP:  # the shorter way to an address
+        return True
     if wanted.scale == 1:  # base and index may change places
         return sorted((base, index)) == sorted(actual) and insn.memory_index_scale == 1
     return (base, index) == actual and insn.memory_index_scale == wanted.scale

@@ -36,6 +36,8 @@ from sandbox.errors import GuestImageError
         ("iretq", "48 cf"),
         ("ltr ax", "0f 00 d8"),
         ("lea rax, [rip + x + N]\nN = 3\nx: hlt", "48 8d 05 03 00 00 00 f4"),
+        ("add eax, [0x8000]", "03 05 fa 6f 00 00"),  # relative to RIP: the same address
+        ("mov byte ptr fs:[-8], 1", "64 c6 04 25 f8 ff ff ff 01"),
         ("pushf", "9c"),
         ("retfq", "48 cb"),
         ("mov rax, qword ptr fs:[rbx+rcx*8-1]", "64 48 8b 44 cb ff"),
