@@ -173,6 +173,8 @@ def _enter_ring(cpu: Cpu, cs: Segment, ss_selector: int) -> None:
 @handler("syscall")
 def syscall(cpu: Cpu, insn: Insn) -> Verdict | None:
     """Into the kernel at LSTAR; the return address goes to RCX, RFLAGS to R11."""
+    if "linux" in cpu.services:  # the kernel is the pack linux, not code in the guest
+        return Decline()
     _check_syscall(cpu)
     read = cpu.registers.bank.read
     flags, selector = cpu.rflags, read("star") >> 32 & 0xFFFC

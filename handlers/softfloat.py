@@ -62,7 +62,7 @@ class Format:
             object.__setattr__(self, name, value)
 
 
-F16, BF16, F32, F64 = Format(11, 5), Format(8, 8), Format(24, 8), Format(53, 11)
+F16, F32, F64 = Format(11, 5), Format(24, 8), Format(53, 11)
 
 
 def unmasked(flags: int, mxcsr: int) -> int:
@@ -87,10 +87,6 @@ def is_nan(f: Format, a: int) -> bool:
 
 def is_signaling(f: Format, a: int) -> bool:
     return a & f.magnitude > f.infinity and not a & f.quiet
-
-
-def is_denormal(f: Format, a: int) -> bool:
-    return 0 < a & f.magnitude < f.min_normal
 
 
 def _propagate(f: Format, *operands: int) -> Result:

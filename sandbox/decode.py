@@ -58,7 +58,7 @@ class Insn:
 
     @property
     def form(self) -> str:
-        """Name of the exact form, such as ``VEX_Vpaddd_ymm_ymm_ymmm256``."""
+        """Name of the exact form, such as ``VEX_VPADDD_YMM_YMM_YMMM256``."""
         return FORM_NAMES[self.code]
 
     @cached_property

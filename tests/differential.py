@@ -43,9 +43,6 @@ from sandbox.registers import Segment
 from sandbox.xsave import full_tags
 from tests.doubles import DictBank, FlatMemory, make_cpu
 
-FAST_MXCSR = (0x1F80, 0x3F80, 0x5FA0, 0x7F80)
-"""All exceptions masked, the four rounding modes, no FTZ or DAZ."""
-
 
 def native_reason() -> str:
     """Why the host CPU is no oracle here, or an empty string."""

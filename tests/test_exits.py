@@ -53,13 +53,6 @@ EXAMPLES = [
 ]
 
 
-def page_with(exit_reason: int, union: bytes) -> RunPage:
-    page = RunPage()
-    page.run.exit_reason = exit_reason
-    page.bytes[32 : 32 + len(union)] = union
-    return page
-
-
 def failure(*words: int, ndata: int | None = None, suberror: int = 1) -> EmulationFailure:
     """Read what a kernel with these words in ``internal.data`` would send."""
     page = RunPage(bytearray(b"\xee" * abi.RUN_MMAP_SIZE))  # whatever was there before

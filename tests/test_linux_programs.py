@@ -18,7 +18,7 @@ from guests.load import load_elf
 from handlers.linux import Files, ProcessExit, Root
 from sandbox import abi
 from sandbox.errors import GuestImageError
-from sandbox.exits import Intr
+from sandbox.exits import EmulationFailure, Intr
 from sandbox.process import boot_process
 from sandbox.vm import Vm
 
@@ -52,6 +52,7 @@ def run(
     root: Path | None = None,
     stdin: int | None = None,
     timeout: float = 60,
+    packs: Sequence[str] = ("avx2", "linux"),
 ) -> Outcome:
     """Run a program; its output must fit into a pipe."""
     result, stdout = os.pipe()
@@ -59,7 +60,7 @@ def run(
     allowed = Root(root) if root else None
     files = Files.standard(null if stdin is None else stdin, stdout, null, allowed)
     try:
-        with Vm("baseline", ["avx2", "linux"]) as vm:
+        with Vm("baseline", list(packs)) as vm:
             vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
             machine = boot_process(vm, program, [str(program), *arguments], files=files)
             left = machine.vcpu.run(timeout)
@@ -100,6 +101,14 @@ text:
 def test_a_program_of_ten_instructions(tmp_path: Path) -> None:
     outcome = run(made(tmp_path, WRITE_AND_EXIT))
     assert (outcome.left, outcome.output) == (ProcessExit(7), b"hi\n")
+
+
+def test_system_calls_reach_linux_whatever_the_order_of_the_packs(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_bytes(elf("mov eax, 60\n mov edi, 7\n syscall"))
+    for packs in (["linux", "system"], ["system", "linux"]):
+        assert run(program, packs=packs).left == ProcessExit(7)
+    assert isinstance(run(program, packs=["system"]).left, EmulationFailure)
 
 
 def test_registers_of_a_new_process(tmp_path: Path) -> None:
