@@ -50,6 +50,7 @@ def boot_process(
     bank.write_segment("ss", USER_DATA)
     for name in ("ds", "es", "fs", "gs"):
         bank.write_segment(name, Segment(0, 0, 0xFFFF_FFFF, dpl=3, db=1, g=1))
+    vm.engine.run_user_code(space)
     cpuid = cpu.services["cpuid"]
     processor = Processor(hwcap=cpuid(1, 0)[3], hwcap2=HWCAP2_FSGSBASE if cpuid(7, 0)[1] & 1 else 0)
     started = start_process(

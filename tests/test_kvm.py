@@ -17,14 +17,16 @@ import pytest
 
 from guests.assemble import assemble, assemble_file
 from guests.header import read_header
+from handlers.linux import ProcessExit
 from sandbox import abi
 from sandbox.abi import KVM_CAP_EXIT_ON_EMULATION_FAILURE as CAP
 from sandbox.boot import Machine, Mode, boot_flat
 from sandbox.engine.kvm_device import unavailable
-from sandbox.exits import EmulationFailure, Exit, Hlt, Intr, Io, Mmio, read_exit
-from sandbox.registers import GPR_NAMES, RAX, RBX, RCX
+from sandbox.exits import EmulationFailure, Exit, GuestException, Hlt, Intr, Io, Mmio, read_exit
+from sandbox.process import boot_process
+from sandbox.registers import GPR_NAMES, RAX, RBX, RCX, DescriptorTable
 from sandbox.vm import ENGINES, Vm
-from tests.guest import BASE, BITNESS, MODES, policy
+from tests.guest import BASE, BITNESS, MODES, enter_user_mode, policy
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no KVM: {REASON}")
@@ -351,3 +353,64 @@ def test_the_assembly_guests_do_as_their_headers_say(path: Path) -> None:
         registers = dict(zip(GPR_NAMES, found.vcpu.registers.gpr, strict=True))
     assert {name: registers[name] for name in header.expect} == header.expect
     assert written == header.output
+
+
+PREBUILT = Path(__file__).parent.parent / "guests" / "c" / "prebuilt"
+
+
+@pytest.mark.parametrize("name", ["demo", "sort"])
+def test_a_linux_program_runs_natively_and_its_system_calls_in_the_tier(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Vm(handlers=["linux"], engine="kvm") as vm:
+        vm.enable_cap(CAP)
+        machine = boot_process(vm, PREBUILT / f"{name}-x86-64-v3-O3-musl-gcc")
+        left = machine.vcpu.run(20)
+        assert isinstance(left, ProcessExit) and left.status == 0
+        assert set(machine.vcpu.stats.by_mnemonic) == {"syscall"}
+    assert capfd.readouterr().out == (PREBUILT / f"{name}.out").read_text()
+
+
+def user_code(engine: str, code: str, *packs: str) -> tuple[Machine, Any]:
+    """Run code at CPL 3 without a kernel, to the first exit."""
+    with Vm(policy="baseline", handlers=packs, engine=engine) as vm:
+        vm.enable_cap(CAP)
+        found = boot_flat(vm, assemble(code, BASE), BASE)
+        enter_user_mode(found)
+        found.vm.engine.bank.write_table("idtr", DescriptorTable(0, 0))
+        assert found.space is not None
+        vm.engine.run_user_code(found.space)
+        found.vcpu.registers.xcr0 = 7
+        return found, found.vcpu.run(5)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["hlt", "mov ebx, 0x5000000\n mov rax, [rbx]",
+     "xor ecx, ecx\n div ecx", "mov ebx, 0x2000\n jmp rbx",
+     "int3", "mov rax, cr3", "mov rbx, -0x7000000000000000\n mov [rbx], al"],
+)  # fmt: skip
+def test_exceptions_of_user_code_come_out_with_its_state(code: str) -> None:
+    ends = {}
+    for engine in ENGINES:
+        found, left = user_code(engine, code)
+        ends[engine] = left, found.vcpu.registers.rip, list(found.vcpu.registers.gpr)
+    assert ends["kvm"] == ends["unicorn"]
+    assert isinstance(ends["kvm"][0], GuestException)
+
+
+def test_an_instruction_that_the_processor_lacks_goes_to_the_tier() -> None:
+    """FMA4 is no instruction of any processor that runs today; the pack ``amd`` has it."""
+    found, left = user_code("kvm", ".byte 0xc4, 0xe3, 0xf1, 0x69, 0xc2, 0x30\n int3", "avx2", "amd")
+    assert found.vcpu.stats.fallback_count >= 1, left
+    assert isinstance(left, GuestException) and left.exception == 3
+
+
+@LOCAL
+def test_the_upper_halves_of_ymm_go_both_ways() -> None:
+    """LOCAL: ``kvm_pvm`` shows guests no AVX, and runs it at CPL 3 all the same."""
+    found, left = user_code("kvm", "vpcmpeqd ymm1, ymm1, ymm1\n vmovdqa ymm2, ymm3\n int3")
+    assert isinstance(left, GuestException) and left.exception == 3
+    vectors = found.vcpu.registers.vec
+    assert vectors.read(1) == b"\xff" * 32 + bytes(32)
+    assert vectors.read(2, 32) == bytes(32)

@@ -28,11 +28,12 @@ from sandbox.engine.kvm_device import (
     supported_cpuid,
 )
 from sandbox.engine.kvm_state import KvmBank
+from sandbox.engine.kvm_trampoline import Trampoline
 from sandbox.engine.protocol import Stop
 from sandbox.errors import EngineError
-from sandbox.exits import Debug, EmulationFailure, Exit, RunPage, read_exit
+from sandbox.exits import EmulationFailure, Exit, Hlt, RunPage, read_exit
 from sandbox.memory import PhysicalMemory, Slot
-from sandbox.paging import CR0_PG, PagedMemory, Walker
+from sandbox.paging import CR0_PG, AddressSpace, PagedMemory, Walker
 
 KICK: Final = signal.SIGRTMIN + 4
 """Sent to the thread that runs a guest to bring it out of KVM_RUN; its handler does nothing."""
@@ -42,7 +43,6 @@ _COMPLETED: Final = frozenset(
      abi.KVM_EXIT_X86_WRMSR}
 )  # fmt: skip
 """Exits that the kernel finishes when it is entered again (api.rst, section 5)."""
-_SINGLE_STEP: Final = abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP
 _FAULTS: Final = frozenset({errno.EFAULT, 133})  # 133 is EHWPOISON
 _RIP: Final = 16
 
@@ -92,6 +92,7 @@ class KvmEngine:
         self.trusted_root: int | None = None
         self.vector = self.error_code = self.generation = 0
         self.left: Exit | None = None
+        self.trampoline: Trampoline | None = None
         self._left_rip = 0
         self._pending = False
         self._bank.on_control = self._flush
@@ -180,7 +181,14 @@ class KvmEngine:
         self._pending = reason in _COMPLETED
         self.left = read_exit(self.page)
         self._left_rip = self.registers.rip
-        return Stop.INSN if isinstance(self.left, EmulationFailure) else Stop.EXIT
+        if isinstance(self.left, EmulationFailure):
+            return Stop.INSN
+        if self.trampoline is not None and isinstance(self.left, Hlt):
+            ended = self.trampoline.leave(self._bank)
+            if ended is not None:
+                stop, self.vector, self.error_code = ended
+                return stop
+        return Stop.EXIT
 
     def _complete(self) -> Stop | None:
         """Registers were written while the kernel waits for an answer: have it finish the exit
@@ -201,19 +209,6 @@ class KvmEngine:
         stop = self._classify(error)
         return None if stop is Stop.ASKED else stop
 
-    def step(self) -> Stop:
-        self._debug(_SINGLE_STEP)
-        try:
-            stop = self.enter()
-        finally:
-            self._debug(0)
-        return Stop.ASKED if isinstance(self.left, Debug) else stop
-
-    def _debug(self, control: int) -> None:
-        assert self._vcpu is not None
-        buffer = bytearray(kvm_abi.GUEST_DEBUG.pack(control))
-        self._vcpu.exchange("KVM_SET_GUEST_DEBUG", kvm_abi.KVM_SET_GUEST_DEBUG, buffer)
-
     def failure(self) -> Exit | None:
         """What the kernel said about the instruction at RIP, debug words included."""
         left = self.left
@@ -226,6 +221,12 @@ class KvmEngine:
         thread = self._thread
         if thread:
             signal.pthread_kill(thread, KICK)
+
+    def run_user_code(self, space: AddressSpace) -> None:
+        """What runs from now on is a program at CPL 3 in ``space``, without a kernel: SYSCALL is
+        an instruction for the handler tier, and exceptions come out."""
+        self.trampoline = Trampoline(self._physical, space)
+        self.trampoline.install(self._bank)
 
     def set_exit_on_failure(self, on: bool) -> None:
         assert self._vm is not None
@@ -254,7 +255,8 @@ class KvmEngine:
                 leaves[leaf, subleaf] = words  # the area as XSAVE lays it out here
         if (0xD, 0) in leaves:
             eax, *sizes = leaves[0xD, 0]
-            leaves[0xD, 0] = (eax & model.xcr0_mask, sizes[0], sizes[1], 0)
+            self._bank.xcr0_allowed = eax & model.xcr0_mask
+            leaves[0xD, 0] = (self._bank.xcr0_allowed, sizes[0], sizes[1], 0)
         if (0x80000008, 0) in self.supported.leaves:
             sizes_leaf = self.supported.leaves[0x80000008, 0]
             leaves[0x80000008, 0] = (sizes_leaf[0], 0, 0, 0)

@@ -16,7 +16,6 @@ KVM_SET_IDENTITY_MAP_ADDR = 0x4008AE48
 KVM_GET_MSRS = 0xC008AE88
 KVM_SET_MSRS = 0x4008AE89
 KVM_SET_CPUID2 = 0x4008AE90
-KVM_SET_GUEST_DEBUG = 0x4048AE9B
 KVM_GET_DEBUGREGS = 0x8080AEA1
 KVM_SET_DEBUGREGS = 0x4080AEA2
 KVM_GET_XSAVE = 0x9000AEA4
@@ -40,8 +39,6 @@ MSRS: Final = struct.Struct("<II I4xQ")
 """``struct kvm_msrs`` with one entry: count, index, value."""
 XCRS: Final = struct.Struct("<IIII Q 368x")
 """``struct kvm_xcrs`` with one entry: count, flags, index, reserved, value."""
-GUEST_DEBUG: Final = struct.Struct("<I 68x")
-"""``struct kvm_guest_debug``: control; the debug registers are left out."""
 SEGMENT: Final = struct.Struct("<QIH10B")
 """``struct kvm_segment``: base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable."""
 TABLE: Final = struct.Struct("<QH6x")

@@ -101,6 +101,9 @@ class KvmBank:
         self._hidden_cr4 = 0
         """CR4 bits that the hardware of this guest lacks and only the handler tier goes by."""
         self.cr4_allowed = ~0
+        self.xcr0_allowed = 1 << X87 | 1 << SSE
+        self.shown_idt: DescriptorTable | None = None
+        """What IDTR reads as where the machine has put an IDT of its own there."""
         self._pulled = self._pulled_sregs = self._pulled_extended = b""
 
     def _share(self, page: RunPage) -> None:
@@ -211,7 +214,7 @@ class KvmBank:
 
     def push_xcr0(self) -> None:
         """XCR0 as far as this guest's processor has it."""
-        wanted = self.registers.xcr0 & self._components
+        wanted = self.registers.xcr0 & self.xcr0_allowed
         if wanted != self._pushed_xcr0 and self.cr4_allowed & CR4_OSXSAVE:
             self._pushed_xcr0 = wanted
             buffer = bytearray(kvm_abi.XCRS.pack(1, 0, 0, 0, wanted))
@@ -316,6 +319,8 @@ class KvmBank:
         kvm_abi.SEGMENT.pack_into(self._sregs, at, v.base, v.limit, v.selector, *fields)
 
     def read_table(self, name: str) -> DescriptorTable:
+        if name == "idtr" and self.shown_idt is not None:
+            return self.shown_idt
         return DescriptorTable(*kvm_abi.TABLE.unpack_from(self._sregs, _TABLE_AT[name]))
 
     def write_table(self, name: str, value: DescriptorTable) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from sandbox.decode import Insn
 from sandbox.exits import Exit, RunPage
-from sandbox.paging import PagedMemory
+from sandbox.paging import AddressSpace, PagedMemory
 from sandbox.registers import Bank, Registers
 
 
@@ -87,6 +87,10 @@ class Engine(Protocol):
 
     def failure(self) -> Exit | None:
         """The emulation failure that the engine itself reported for the instruction at RIP."""
+        ...
+
+    def run_user_code(self, space: AddressSpace) -> None:
+        """What runs from now on is a program at CPL 3 in ``space`` that has no kernel."""
         ...
 
     def set_exit_on_failure(self, on: bool) -> None:

@@ -46,7 +46,7 @@ from sandbox.engine.unicorn_state import CR0_PG, UnicornBank
 from sandbox.errors import EngineError
 from sandbox.exits import Exit, RunPage
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
-from sandbox.paging import PagedMemory, Walker
+from sandbox.paging import AddressSpace, PagedMemory, Walker
 from sandbox.policy import ASK, TRAP
 from sandbox.registers import TF
 
@@ -334,6 +334,9 @@ class UnicornEngine:
     def failure(self) -> Exit | None:
         """None: Unicorn reports no bytes."""
         return None
+
+    def run_user_code(self, space: AddressSpace) -> None:
+        """Nothing: what leaves user code is trapped."""
 
     def set_exit_on_failure(self, on: bool) -> None:
         """Nothing: the run loop goes by the settings."""
