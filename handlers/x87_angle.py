@@ -189,16 +189,10 @@ def fptan(fpu: Fpu) -> None:
 @simple("fpatan")
 def fpatan(fpu: Fpu) -> None:
     """The angle of the point (ST(0), ST(1)) in place of ST(1), and pop."""
-    if fpu.is_empty(0) or fpu.is_empty(1):
-        fpu.underflow()
-        fpu.set(1, DEFAULT_NAN)
-    else:
-        x, y = fpu.st(0), fpu.st(1)
-        nan = fpu.special(y, x)
-        if nan is not None:
-            fpu.set(1, nan)
-        else:
-            _store_angle(fpu, y, x)
+    found = fpu.operands(1, 1, 0)
+    if found is not None:
+        y, x = found
+        _store_angle(fpu, y, x)
     fpu.pop()
 
 

@@ -155,25 +155,14 @@ BINARY = [
 ]
 
 
-def _unary(fpu: Fpu) -> int | None:
-    """ST(0), or None after it has become the NaN that comes of it."""
-    if fpu.is_empty(0):
-        fpu.underflow()
-        fpu.set(0, DEFAULT_NAN)
-        return None
-    a = fpu.st(0)
-    nan = fpu.special(a)
-    if nan is not None:
-        fpu.set(0, nan)
-        return None
-    return a
-
-
 @simple("fsqrt")
 def fsqrt(fpu: Fpu) -> None:
     """The square root of ST(0)."""
-    a = _unary(fpu)
-    if a is None or kind_of(a) is Kind.ZERO:
+    found = fpu.operands(0, 0)
+    if found is None:
+        return
+    (a,) = found
+    if kind_of(a) is Kind.ZERO:
         return
     if a & SIGN:
         fpu.signal(IE)
@@ -191,8 +180,11 @@ def fsqrt(fpu: Fpu) -> None:
 @simple("frndint")
 def frndint(fpu: Fpu) -> None:
     """ST(0) rounded to an integral value."""
-    a = _unary(fpu)
-    if a is None or kind_of(a) in (Kind.ZERO, Kind.INFINITE):
+    found = fpu.operands(0, 0)
+    if found is None:
+        return
+    (a,) = found
+    if kind_of(a) in (Kind.ZERO, Kind.INFINITE):
         return
     fpu.denormals(a)
     m, e = split(a)

@@ -233,6 +233,19 @@ class Fpu:
             self.signal(IE)
         return propagate(operands, kinds)
 
+    def operands(self, target: int, *registers: int) -> tuple[int, ...] | None:
+        """What ``registers`` hold, or None after ST(target) has become the NaN that comes of it."""
+        if any(map(self.is_empty, registers)):
+            self.underflow()
+            self.set(target, DEFAULT_NAN)
+            return None
+        values = tuple(map(self.st, registers))
+        nan = self.special(*values)
+        if nan is not None:
+            self.set(target, nan)
+            return None
+        return values
+
     def denormals(self, *operands: int) -> None:
         """Raise DE if an operand is a denormal."""
         if self.denormal_source or any(kind_of(a) is Kind.DENORMAL for a in operands):

@@ -35,15 +35,10 @@ from handlers.x87_series import (
 @simple("f2xm1")
 def f2xm1(fpu: Fpu) -> None:
     """``2**ST(0) - 1`` for -1 to 1. What lies beyond, where the manual defines nothing, stays."""
-    if fpu.is_empty(0):
-        fpu.underflow()
-        fpu.set(0, DEFAULT_NAN)
+    found = fpu.operands(0, 0)
+    if found is None:
         return
-    a = fpu.st(0)
-    nan = fpu.special(a)
-    if nan is not None:
-        fpu.set(0, nan)
-        return
+    (a,) = found
     kind, negative = kind_of(a), a & SIGN != 0
     if kind is Kind.ZERO:
         return
@@ -69,20 +64,6 @@ def _power_less_one(negative: bool, m: int, e: int) -> Magnitude:
 # y * log2(x)
 
 
-def _operands(fpu: Fpu) -> tuple[int, int] | None:
-    """``(y, x)``, or None after ST(1) has become the NaN that comes of them."""
-    if fpu.is_empty(0) or fpu.is_empty(1):
-        fpu.underflow()
-        fpu.set(1, DEFAULT_NAN)
-        return None
-    x, y = fpu.st(0), fpu.st(1)
-    nan = fpu.special(y, x)
-    if nan is not None:
-        fpu.set(1, nan)
-        return None
-    return y, x
-
-
 def _invalid(fpu: Fpu) -> None:
     fpu.signal(IE)
     fpu.set(1, DEFAULT_NAN)
@@ -101,9 +82,10 @@ def _store_product(fpu: Fpu, y: int, negative: bool, logarithm: Magnitude) -> No
 @simple("fyl2x")
 def fyl2x(fpu: Fpu) -> None:
     """``ST(1) * log2(ST(0))`` in place of ST(1), and pop."""
-    operands = _operands(fpu)
-    if operands is not None:
-        _fyl2x(fpu, *operands)
+    found = fpu.operands(1, 1, 0)
+    if found is not None:
+        y, x = found
+        _fyl2x(fpu, y, x)
     fpu.pop()
 
 
@@ -173,9 +155,10 @@ def fyl2xp1(fpu: Fpu) -> None:
 
     Beyond the range that the manual defines: the logarithm down to -1, then ST(0) as it is.
     """
-    operands = _operands(fpu)
-    if operands is not None:
-        _fyl2xp1(fpu, *operands)
+    found = fpu.operands(1, 1, 0)
+    if found is not None:
+        y, x = found
+        _fyl2xp1(fpu, y, x)
     fpu.pop()
 
 

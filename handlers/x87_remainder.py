@@ -20,15 +20,10 @@ from handlers.x87_fpu import C0, C1, C2, C3, CONDITIONS, Fpu, simple
 def _remainder(fpu: Fpu, nearest: bool) -> None:
     """ST(0) less a multiple of ST(1): the one that leaves the sign, or the ``nearest``."""
     fpu.sw &= ~C2
-    if fpu.is_empty(0) or fpu.is_empty(1):
-        fpu.underflow()
-        fpu.set(0, DEFAULT_NAN)
+    found = fpu.operands(0, 0, 1)
+    if found is None:
         return
-    a, b = fpu.st(0), fpu.st(1)
-    nan = fpu.special(a, b)
-    if nan is not None:
-        fpu.set(0, nan)
-        return
+    a, b = found
     kind_a, kind_b = kind_of(a), kind_of(b)
     if kind_a is Kind.INFINITE or kind_b is Kind.ZERO:
         fpu.signal(IE)
@@ -91,15 +86,10 @@ def fprem1(fpu: Fpu) -> None:
 @simple("fscale")
 def fscale(fpu: Fpu) -> None:
     """ST(0) times two to the power of ST(1) truncated; precision control does not matter."""
-    if fpu.is_empty(0) or fpu.is_empty(1):
-        fpu.underflow()
-        fpu.set(0, DEFAULT_NAN)
+    found = fpu.operands(0, 0, 1)
+    if found is None:
         return
-    a, b = fpu.st(0), fpu.st(1)
-    nan = fpu.special(a, b)
-    if nan is not None:
-        fpu.set(0, nan)
-        return
+    a, b = found
     kind_a, kind_b = kind_of(a), kind_of(b)
     if kind_b is Kind.INFINITE:
         shrinks = b & SIGN
