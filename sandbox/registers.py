@@ -127,6 +127,8 @@ class Registers:
         """k0-k7."""
         self.controls: memoryview | None = None
         """CR0 to CR4 as 64-bit items, if the engine can show them so: to be read only."""
+        self.rflags_view = memoryview(bytearray(8)).cast("Q")
+        """RFLAGS as one 64-bit item, to be read only; 0 if the engine cannot show it so."""
         self.mxcsr_view: memoryview | None = None
         """MXCSR as one 32-bit item, if the engine can show it so: to be read only."""
         self.images = tuple(v.cast("B") for v in (gpr, rip, vectors, self.opmask))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sandbox import events
-from sandbox.cpu import ERROR_CODE_VECTORS, PF_, UD, Cpu, Fault
+from sandbox.cpu import DB, ERROR_CODE_VECTORS, PF_, UD, Cpu, Fault
 from sandbox.decode import Insn
 from sandbox.devices import answer
 from sandbox.engine.protocol import Engine, Stop
@@ -28,11 +28,16 @@ from sandbox.handler import Decline, Inject, Resume, Verdict
 from sandbox.handler import Exit as ExitVerdict
 from sandbox.memory import MmioRead
 from sandbox.mmio import MmioCompletion
+from sandbox.registers import TF
 from sandbox.settings import Settings
 from sandbox.side_effects import SideEffects
 from sandbox.sites import EXIT_SPAN, Site, Sites
 from sandbox.stats import Stats, TraceRecord
 from sandbox.watchdog import WATCHDOG
+
+DR6_BS = 1 << 14
+"""In DR6: the debug exception is a single step."""
+_POP_FLAGS = ("popf", "iret")
 
 
 class Vcpu:
@@ -73,7 +78,6 @@ class Vcpu:
         for a broken handler, KeyboardInterrupt on Ctrl-C.
         """
         self._check_capability()
-        self._asked = False
         self.thread = threading.get_ident()
         self.deadline = None if timeout is None else time.monotonic() + timeout
         WATCHDOG.add(self)
@@ -85,10 +89,11 @@ class Vcpu:
             return self._deliver_exit(Intr())
         finally:
             WATCHDOG.remove(self)
+            self._asked = False
             self.stats.by_mnemonic = self._sites.counts()
 
     def request_stop(self) -> None:
-        """Make :meth:`run` return :class:`~sandbox.exits.Intr` soon; from any thread."""
+        """Make :meth:`run` (or the next) return :class:`~sandbox.exits.Intr`; from any thread."""
         self._asked = True
         self.engine.stop()
 
@@ -119,6 +124,8 @@ class Vcpu:
     def _run(self) -> Any:
         self._trapped = self._bind_trapped()
         left = self._complete()
+        if left is None and self._asked:
+            left = self._deliver_exit(Intr())
         enter, trapped, insn = self.engine.enter, self._trapped, Stop.INSN
         clock = time.perf_counter
         slow = 0.0
@@ -154,6 +161,7 @@ class Vcpu:
         """Compile the handling of trapped instructions: what it needs is looked up once a run."""
         sync, engine, look = self.engine.sync, self.engine, self._sites.look
         rip_view, sites = self.registers.rip_view, self._sites.by_rip
+        flags_view, stepping = self.registers.rflags_view, TF
         not_trapped, traps_ahead = self._sites.not_trapped, self._sites.traps_ahead
         run_bytes, stats, memory = self.page.bytes, self.stats, self._settings.memory
         span, plain = EXIT_SPAN, self.on_trap is None and self.max_exits is None
@@ -180,7 +188,7 @@ class Vcpu:
                         return self._fetch_failure()
                 run_bytes[span] = site.page
                 stats.fallback_count += 1
-                if plain:
+                if plain and not flags_view[0] & stepping:
                     try:
                         verdict = site.run()
                     except BaseException as error:  # noqa: BLE001 - sorted out, or raised again
@@ -406,14 +414,25 @@ class Vcpu:
     # -- for people -----------------------------------------------------------------------------
 
     def _watched_step(self, site: Site, rip: int) -> Any:
-        """:meth:`_step` for a caller who counts or traces."""
+        """:meth:`_step` for a caller who counts or traces, or a guest that steps itself by TF."""
+        stepping = self.registers.rflags_view[0] & TF
         start = time.perf_counter()
         left = self._step(site)
+        if stepping and left is None:
+            left = self._single_step(site)
         if self.on_trap is not None:
             self.on_trap(self._record(site, rip, time.perf_counter() - start))
         if left is None and self.max_exits is not None:
             return self._exits_left()
         return left
+
+    def _single_step(self, site: Site) -> Any:
+        """#DB after an instruction that began with TF set; an event that came instead clears TF."""
+        if not self.registers.rflags_view[0] & TF and not site.insn.mnemonic.startswith(_POP_FLAGS):
+            return None
+        bank = self.registers.bank
+        bank.write("dr6", bank.read("dr6") | DR6_BS)
+        return self._inject(Fault(DB))
 
     def _record(self, site: Site, rip: int, seconds: float) -> TraceRecord:
         insn, handlers = site.insn, site.handlers

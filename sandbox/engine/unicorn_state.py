@@ -130,6 +130,7 @@ class UnicornBank:
         registers.controls = self.quads[self.cr_index : self.cr_index + 5]
         end = vectors + VECTOR_COUNT * VECTOR_BYTES
         registers.images = (self._bytes[:end], registers.opmask.cast("B"))
+        registers.rflags_view = self.quads[self._rflags : self._rflags + 1]
         registers.mxcsr_view = self.words[found.mxcsr // 4 : found.mxcsr // 4 + 1]
         return registers
 
