@@ -9,8 +9,8 @@ from pathlib import Path
 from guests.load import Kind, detect, load_elf, load_raw, read_file
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
+from sandbox.engine.allowlist import NEVER_RUN
 from sandbox.engine.misread import MISREAD
-from sandbox.engine.unicorn import NEVER_RUN
 from sandbox.errors import SandboxError
 from sandbox.explain import explain, parse_hex, table
 from sandbox.fallback import Tier

@@ -15,8 +15,8 @@ from sandbox.cases import uses_x87
 from sandbox.conformance import Outcome
 from sandbox.cpu import ERROR_CODE_VECTORS, PF_, UD, Fault
 from sandbox.decode import Insn
+from sandbox.engine.allowlist import NEVER_RUN
 from sandbox.engine.protocol import Stop
-from sandbox.engine.unicorn import NEVER_RUN
 from sandbox.fallback import Bound, Tier
 from sandbox.fault_details import corrected
 from sandbox.handler import Decline, Inject, Pack

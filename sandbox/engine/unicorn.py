@@ -6,8 +6,7 @@ instruction, the engine stops, puts an invalid opcode over that instruction in h
 Unicorn does not see the write), translates the block again, now ending in a trap, and restores the
 bytes before the block runs: a guest that reads its own code sees its own bytes.
 
-The same decoding is the cross-check that no instruction is smuggled past the policy: where our
-decoder and Unicorn's disagree about a block, the block is not run.
+What a block may hold is for :mod:`sandbox.engine.allowlist` to say.
 """
 
 from __future__ import annotations
@@ -15,13 +14,10 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-
-from iced_x86 import Code, Decoder, Instruction
 
 from sandbox.cpu import PF_, Fault
 from sandbox.decode import MAX_LENGTH, DecodeError, Insn, decode
-from sandbox.engine.misread import MISREAD
+from sandbox.engine.allowlist import Allowlist, Patch
 from sandbox.engine.protocol import Stop
 from sandbox.engine.unicorn_library import (
     UC_ERR_FETCH_PROT,
@@ -47,7 +43,6 @@ from sandbox.errors import EngineError
 from sandbox.exits import Exit, RunPage
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.paging import AddressSpace, PagedMemory, Walker
-from sandbox.policy import ASK, TRAP
 from sandbox.registers import TF
 
 _MMIO_ERRORS = frozenset(
@@ -56,43 +51,9 @@ _MMIO_ERRORS = frozenset(
 _FETCH_ERRORS = frozenset({UC_ERR_FETCH_UNMAPPED, UC_ERR_FETCH_PROT})
 
 _DEBUG, _BREAKPOINT = 1, 3
-_INVALID_64 = b"\x06"  # push es
-_INVALID_LEGACY = b"\x0f\x0b"  # ud2: 16- and 32-bit code has no invalid opcode of one byte
-_INT3 = b"\xcc"  # where a page ends: real INT3s are trapped, so this one can only be the patch
 _TWO_BLOCKS = b"\xeb\x00\xf4"  # jmp $+2; hlt
-NEVER_RUN = frozenset(
-    {
-        Code.PCMPESTRM_XMM_XMMM128_IMM8,
-        Code.PCMPESTRM64_XMM_XMMM128_IMM8,
-        Code.PCMPESTRI_XMM_XMMM128_IMM8,
-        Code.PCMPESTRI64_XMM_XMMM128_IMM8,
-        Code.VEX_VPCMPESTRM_XMM_XMMM128_IMM8,
-        Code.VEX_VPCMPESTRI_XMM_XMMM128_IMM8,
-        Code.VEX_VPCMPESTRM64_XMM_XMMM128_IMM8,
-        Code.VEX_VPCMPESTRI64_XMM_XMMM128_IMM8,
-    }
-)
-"""Forms that crash Unicorn 2.1.4, and with it the process: trapped whatever the policy says."""
-
-
-def _never(_insn: Insn) -> bool:
-    return False
-
-
 FIRST_FLUSHES = 10
 FLUSH_SECONDS = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class _Patch:
-    """A trap to be translated into the block at ``block``: where, over which bytes."""
-
-    block: int
-    linear: int
-    count: int
-    """Instructions in the block, the trap included."""
-    spans: tuple[tuple[Slot, int, bytes, bytes], ...]
-    """(slot, offset, the guest's bytes, the trap's bytes)"""
 
 
 class UnicornEngine:
@@ -113,11 +74,10 @@ class UnicornEngine:
         self.page = RunPage()
         self.left: Exit | None = None
         self.vector = self.error_code = self.generation = 0
-        self._traps = b""
         self._reported: list[int] = []
-        self._traps_insn: Callable[[Insn], bool] = _never
-        self._patch: _Patch | None = None
-        self._applied: _Patch | None = None
+        self._allowlist = Allowlist(self._bank, physical, self.memory, self.system_memory)
+        self._patch: Patch | None = None
+        self._applied: Patch | None = None
         self._exception = -1
         self._failure: BaseException | None = None
         self._control = self._bank.control_view
@@ -129,7 +89,6 @@ class UnicornEngine:
         self._fresh = self._stepped = -1
         """Address of the block that is about to be, or was last, translated from a flushed TLB."""
         self._stepping = False
-        self._instruction = Instruction()
         self._flushes = 0
         self._next_flush = 0.0
         self._closed = False
@@ -373,17 +332,12 @@ class UnicornEngine:
         self._bank.flush_tlb()
 
     def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
-        table = bytearray(traps)
-        for code in NEVER_RUN:
-            table[code] = TRAP
-        self._traps = bytes(table)
-        self._traps_insn = traps_insn or _never
+        self._allowlist.set_traps(traps, traps_insn)
         self._library.flush_blocks(self._handle)
 
     def traps(self, insn: Insn) -> bool:
         """Whether ``insn`` would be trapped, going by its form and its bytes."""
-        mark = self._traps[insn.code]
-        return mark == TRAP or (mark == ASK and self._traps_insn(insn))
+        return self._allowlist.traps(insn)
 
     def close(self) -> None:
         """Free the engine; it must not be running."""
@@ -408,18 +362,19 @@ class UnicornEngine:
     ) -> None:
         try:
             block = current[0]
-            if not self._traps:
+            if not self._allowlist:
                 self._reported.append(block.pc)
                 return
             applied = self._applied
             if applied is not None:
                 self._restore()
             if applied is not None and applied.block == block.pc:
-                self._patch = self._check_trapped(applied, block.size, block.icount)
+                self._patch = self._allowlist.check_trapped(applied, block.size, block.icount)
             elif self._may_be_stale(block.pc, block.icount):
                 self._stale = block.pc, block.size
             else:
-                self._patch = self._check_block(block.pc, block.size, block.icount)
+                self.sync()
+                self._patch = self._allowlist.check(block.pc, block.size, block.icount)
         except BaseException as error:  # noqa: BLE001 - ctypes would swallow it; enter() raises it
             self._failure = error
         if (self._patch, self._stale, self._failure) != (None, None, None):
@@ -452,91 +407,17 @@ class UnicornEngine:
         self._bank.flush_tlb()
         self._fresh = start
 
-    def _check_block(self, start: int, size: int, count: int) -> _Patch | None:
-        """Decode a new block; the patch that its first trapped instruction needs, if any."""
-        self.sync()
-        bitness = self._bank.bitness
-        code = self._code(start, size, bitness)
-        decoder = Decoder(bitness, code, ip=start)
-        traps, asked, instruction = self._traps, self._traps_insn, self._instruction
-        misread = MISREAD[bitness].match
-        at = last = seen = 0
-        while at < size:
-            decoder.decode_out(instruction)
-            seen += 1
-            mark = traps[instruction.code]
-            if mark == TRAP or misread(code, at):
-                return self._make_patch(start, start + at, seen)
-            last = at
-            at = decoder.position
-            if mark and asked(decode(code[last:at], bitness)):
-                return self._make_patch(start, start + last, seen)
-        if at == size and seen == count:
-            return None
-        # Unicorn and our decoder disagree. If only about the last instruction, trap that one.
-        if seen == count:
-            return self._make_patch(start, start + last, seen)
-        return self._make_patch(start, start, 1)
-
-    def _check_trapped(self, patch: _Patch, size: int, count: int) -> _Patch | None:
-        """A block that ends in a trap: none, unless Unicorn went another way to its end."""
-        trap = patch.spans[0][3]
-        if patch.block + size == patch.linear + len(trap) and count == patch.count:
-            return None
-        return self._make_patch(patch.block, patch.block, 1)
-
-    def _code(self, start: int, size: int, bitness: int) -> bytes:
-        """The block's bytes, and up to 15 more for the instruction that Unicorn cut short."""
-        mask = (1 << 64) - 1 if bitness == 64 else 0xFFFF_FFFF
-        code = b""
-        want = size + 15
-        while len(code) < want:
-            address = (start + len(code)) & mask
-            try:
-                slot, page = self.memory.code_page(address)
-            except (Fault, MmioRead):
-                if len(code) >= size:
-                    break
-                raise
-            at = address % PAGE_SIZE
-            end = min(PAGE_SIZE, at + want - len(code))
-            self._note_code_page((slot.base + page) >> 12, address >> 12)
-            code += slot.host[page + at : page + end]
-        return code
-
-    def _note_code_page(self, physical: int, linear: int) -> None:
-        runs_at = self._physical.code_pages.get(physical)
-        if runs_at is None:
-            runs_at = self._physical.code_pages[physical] = set()
-            self.memory.flush_writable()
-            self.system_memory.flush_writable()
-        runs_at.add(linear)
-
-    def _make_patch(self, block: int, linear: int, count: int) -> _Patch:
-        if self._bank.bitness == 64:
-            trap = _INVALID_64
-        elif linear % PAGE_SIZE == PAGE_SIZE - 1:
-            trap = _INT3
-        else:
-            trap = _INVALID_LEGACY
-        slot, page = self.memory.code_page(linear)
-        at = page + linear % PAGE_SIZE
-        original = slot.host[at : at + len(trap)]
-        return _Patch(block, linear, count, ((slot, at, original, trap),))
-
     def _apply(self) -> None:
         patch = self._applied = self._patch
         self._patch = None
         assert patch is not None
-        for slot, at, _original, trap in patch.spans:
-            slot.host[at : at + len(trap)] = trap
+        patch.apply()
         self._library.remove_cache(self._handle, patch.linear, patch.linear + 1)
 
     def _restore(self) -> None:
         patch, self._applied = self._applied, None
         assert patch is not None
-        for slot, at, original, _trap in patch.spans:
-            slot.host[at : at + len(original)] = original
+        patch.restore()
 
     def _code_written(self, physical: int, size: int) -> None:
         """A handler or a device wrote where translated code may be: make Unicorn forget it."""
