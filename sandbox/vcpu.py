@@ -90,6 +90,7 @@ class Vcpu:
         finally:
             WATCHDOG.remove(self)
             self._asked = False
+            self.engine.sync()
             self.stats.by_mnemonic = self._sites.counts()
 
     def request_stop(self) -> None:

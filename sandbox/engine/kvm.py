@@ -294,6 +294,7 @@ class KvmEngine:
         self._tables_changed = True
 
     def sync(self) -> None:
+        self._bank.pull_extended()
         state = self._bank.control_state()
         if self._untrusted or state != self._controlled:
             self._controlled = state

@@ -102,6 +102,8 @@ class KvmBank:
         """CR4 bits that the hardware of this guest lacks and only the handler tier goes by."""
         self.cr4_allowed = ~0
         self.xcr0_allowed = 1 << X87 | 1 << SSE
+        self._stale = False
+        """Whether the guest has run since vectors, x87 and opmasks were pulled."""
         self.shown_idt: DescriptorTable | None = None
         """What IDTR reads as where the machine has put an IDT of its own there."""
         self._pulled = self._pulled_sregs = self._pulled_extended = b""
@@ -140,6 +142,7 @@ class KvmBank:
         registers = Registers(self._quads[:16], rip, self._vectors, self)
         self._opmask = registers.opmask.cast("B")
         registers.images = (self._own, self._vectors, self._opmask, self._legacy)
+        registers.rflags_view = self._quads[_RFLAGS : _RFLAGS + 1]
         registers.mxcsr_view = self._legacy.cast("I")[6:7]
         return registers
 
@@ -159,6 +162,13 @@ class KvmBank:
         ours[8:18] = theirs[8:18]
         self._pulled = bytes(self._own)
         self._pulled_sregs = bytes(self._sregs)
+        self._stale = True
+
+    def pull_extended(self) -> None:
+        """Take over vectors, x87 and opmasks, unless that was done since the last exit."""
+        if not self._stale:
+            return
+        self._stale = False
         fcntl.ioctl(self._vcpu.descriptor, kvm_abi.KVM_GET_XSAVE, self._xsave, True)
         for inside, outside in self._linked:
             inside[:] = outside
@@ -170,11 +180,12 @@ class KvmBank:
         """Fetch everything once from a vCPU that has never run."""
         sync, self._sync = self._sync, False
         self.pull()
+        self.pull_extended()
         self._sync = sync
 
     def push(self) -> None:
         """Hand over what was changed since the last exit."""
-        if self._extended() != self._pulled_extended:
+        if not self._stale and self._extended() != self._pulled_extended:
             self._push_extended()
         dirty = 0
         if bytes(self._own) != self._pulled:
@@ -339,6 +350,7 @@ class KvmBank:
         return self._word(2, 2) >> 11 & 7
 
     def _read_float(self, name: str) -> int:
+        self.pull_extended()
         if name in _LEGACY:
             return self._word(*_LEGACY[name])
         if name == "fpsw":
@@ -351,6 +363,7 @@ class KvmBank:
         return self._word(32 + 16 * _STACK[name], 10)
 
     def _write_float(self, name: str, value: int) -> None:
+        self.pull_extended()
         if name in _LEGACY:
             self._put(*_LEGACY[name], value)
         elif name == "fpsw":
