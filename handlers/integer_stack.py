@@ -240,18 +240,29 @@ class Enter(Handler):
         def action() -> None:
             outer = gpr[RBP]
             frame = gpr[RSP] - size
-            pushed = [outer & mask]
-            pushed += [cpu.read_int(stack.at(outer - n * size), size) for n in range(1, level)]
-            pushed += [frame & mask] if level else []
-            top = frame - size * (len(pushed) - 1)
-            data = b"".join(value.to_bytes(size, "little") for value in reversed(pushed))
+            pushed = (outer & mask).to_bytes(size, "little")
+            for n in range(1, level):
+                where = stack.at(outer - n * size)
+                above = frame - len(pushed) + size
+                pushed = _overlaid(cpu.read(where, size), where, pushed, stack.at(above)) + pushed
+            if level:
+                pushed = (frame & mask).to_bytes(size, "little") + pushed
+            top = frame - len(pushed) + size
             cpu.check_write(stack.at(top - local), size)
-            cpu.write(stack.at(top), data)
+            cpu.write(stack.at(top), pushed)
             stack.set(top - local)
             width = mask & stack.mask()
             gpr[RBP] = outer & ~width | frame & width
 
         return action
+
+
+def _overlaid(data: bytes, at: int, newer: bytes, newer_at: int) -> bytes:
+    """``data`` at ``at``, as it is after ``newer`` was written at ``newer_at``."""
+    start, end = max(at, newer_at), min(at + len(data), newer_at + len(newer))
+    if start >= end:
+        return data
+    return data[: start - at] + newer[start - newer_at : end - newer_at] + data[end - at :]
 
 
 class Leave(Handler):

@@ -38,7 +38,7 @@ _X87_EXCEPTIONS = 0x82FF  # IE DE ZE OE UE PE SF ES, C1, B
 _X87_CONDITIONS = 0x4500  # C0 C2 C3
 _X87_SETS_CONDITIONS = ("fcom", "fucom", "fxam", "ftst", "fprem", "ficom", "fptan", "fsin", "fcos")
 _IE, _SF = 1, 0x40
-_UNALIGNED_MOVES = ("movups", "movupd", "movdqu", "lddqu")
+_MOVES_IN_PARTS = ("movups", "movupd", "movdqu", "lddqu", "maskmovdqu")
 _QUIET = {"f4": 1 << 22, "f8": 1 << 51}
 _INFINITY = {"f4": 0xFF << 23, "f8": 0x7FF << 52}
 
@@ -90,7 +90,7 @@ def _whole_outcome(insn: Insn, before: State, native: Result, subject: Outcome) 
 
 def _is_in_parts(insn: Insn) -> bool:
     """Whether Unicorn may have done a part, one that is harmless to do again, before a fault."""
-    return "_MM" in insn.form or insn.mnemonic in (*_UNALIGNED_MOVES, "maskmovdqu")
+    return "_MM" in insn.form or insn.form == "FSTP_M80FP" or insn.mnemonic in _MOVES_IN_PARTS
 
 
 def _stack_may_fault(before: State, after: State) -> bool:

@@ -30,6 +30,10 @@ MNEMONICS = frozenset(
     "vmcall vmmcall vmlaunch vmresume vmxoff vmxon vmrun vmload vmsave stgi clgi skinit".split()
 )
 """Mnemonics intercepted in every policy."""
+BOUND_MNEMONICS = frozenset(
+    "hlt in out insb insw insd outsb outsw outsd int int1 int3 into".split()
+)
+"""Those that :class:`Intercepts` runs itself; the others go to handlers."""
 
 
 def _moves_control_register(code: int) -> bool:

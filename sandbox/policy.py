@@ -173,6 +173,10 @@ class Policy:
             alignment or self.alignment,
         )
 
+    def deciding(self, code: int) -> int:
+        """The number of the last rule that names a form, whatever its operands; -1 if none."""
+        return self._deciding[code]
+
     def allows(self, insn: Insn) -> bool:
         """Whether the fast path may run ``insn``."""
         if insn.code in self._detailed or (self._any_bytes and self._any_bytes.match(insn.raw)):

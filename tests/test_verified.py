@@ -20,7 +20,7 @@ from sandbox.golden import read_record
 from sandbox.intercepts import intercepted_forms
 from sandbox.native import Result, State
 from sandbox.policy import Policy
-from sandbox.run import DEFAULT_PACKS
+from sandbox.run import INSTRUCTION_PACKS
 from sandbox.subjects import FastPath, HandlerTier, Stage
 from sandbox.verified import policy_text
 from tests.differential import native_reason
@@ -39,7 +39,7 @@ def name_of(record: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def stage() -> Stage:
-    return Stage(DEFAULT_PACKS)
+    return Stage(INSTRUCTION_PACKS)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_nothing_is_allowed_without_evidence_or_a_reason(policy: Policy) -> None
     evidence = json.loads(POLICIES.joinpath("verified.json").read_text())["forms"]
     for code, name in FORM_NAMES.items():
         if policy.allowed[code]:
-            rule = policy.rules[policy._deciding[code]]
+            rule = policy.rules[policy.deciding(code)]
             assert rule.comment
             if rule.file == "verified.toml":
                 assert all(entry[2] == 0 for entry in evidence[name]["fast"].values())
