@@ -1,4 +1,4 @@
-"""Bit tests, scans, counts, fields and CRC32 (SDM Vol. 1, 7.3.8; BMI1, BMI2, LZCNT, POPCNT).
+"""Bit tests, scans, counts, fields and CRC32 (SDM Vol. 1, 7.3.7; BMI1, BMI2, LZCNT, POPCNT).
 
 Flags that the SDM leaves undefined stay as they are.
 """

@@ -1,4 +1,4 @@
-"""SETcc and CMOVcc (SDM Vol. 1, 7.3.1.1 and 7.3.8.3)."""
+"""SETcc and CMOVcc (SDM Vol. 1, 7.3.1.1 and 7.3.7.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decimal adjustment (SDM Vol. 1, 7.3.5; Vol. 2, AAA AAD AAM AAS DAA DAS), outside 64-bit mode.
+"""Decimal adjustment (SDM Vol. 1, 7.3.3; Vol. 2, AAA AAD AAM AAS DAA DAS), outside 64-bit mode.
 
 ``adjust(ax, flags, base)`` gives the new AX and the flags it defines; undefined ones stay.
 """

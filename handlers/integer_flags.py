@@ -21,7 +21,7 @@ _LOADED = STATUS & ~OF
 
 
 def may_change_interrupts(cpu: Cpu, flags: int) -> bool:
-    """Whether CPL <= IOPL; so always at level 0 and in real mode (SDM Vol. 1, 19.3)."""
+    """Whether CPL <= IOPL; so always at level 0 and in real mode (SDM Vol. 1, 19.5.1)."""
     return cpu.cpl <= (flags & IOPL) >> 12
 
 

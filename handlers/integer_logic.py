@@ -1,4 +1,4 @@
-"""Bitwise logic (SDM Vol. 1, 7.3.4). AF, undefined after these, is cleared as CPUs do."""
+"""Bitwise logic (SDM Vol. 1, 7.3.5). AF, undefined after these, is cleared as CPUs do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shifts and rotates (SDM Vol. 1, 7.3.6 and 7.3.7; Vol. 2, SAL/SAR/SHL/SHR, RCL/RCR/ROL/ROR).
+"""Shifts and rotates (SDM Vol. 1, 7.3.6; Vol. 2, SAL/SAR/SHL/SHR, RCL/RCR/ROL/ROR).
 
 Counts are taken modulo 32, or 64 for 64-bit operands; a count of 0 leaves all flags. OF is
 defined for a count of 1 alone: the rule of that case is applied to all counts. AF, undefined,

@@ -1,4 +1,4 @@
-"""AMD's TBM: trailing bits (APM Vol. 3). BEXTR with an immediate is in :mod:`integer_bits`.
+"""AMD's TBM: trailing bits (APM Vol. 3). BEXTR by an immediate: :mod:`handlers.integer_bits`.
 
 Flags that the manual leaves undefined (AF, PF) stay as they are.
 """

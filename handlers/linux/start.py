@@ -129,13 +129,7 @@ def start_process(
         name=os.path.basename(executable)[:15],
     )
     base = LOAD_BASE if image.position_independent else 0
-    try:
-        _map_segments(process, image, base)
-        _map_stack(memory, stack_size, image.executable_stack)
-    except OSError:
-        raise GuestImageError(
-            f"{image.name}: the program and its stack do not fit into the guest's memory; give more"
-        ) from None
+    _map_program(process, image, base, stack_size)
     variables = [os.fsencode(f"{name}={value}") for name, value in (env or {}).items()]
     auxv = _auxiliary_vector(process, image, base, machine or Machine())
     stack = _InitialStack(highest, highest - stack_size // 4)
@@ -160,6 +154,16 @@ def _rights(segment: Segment) -> int:
     rights = PROT_WRITE if segment.writable else 0
     rights |= PROT_EXEC if segment.executable else 0
     return rights | (PROT_READ if segment.readable or rights else 0)
+
+
+def _map_program(process: Process, image: Image, base: int, stack_size: int) -> None:
+    try:
+        _map_segments(process, image, base)
+        _map_stack(process.memory, stack_size, image.executable_stack)
+    except OSError:
+        raise GuestImageError(
+            f"{image.name}: the program and its stack do not fit into the guest's memory; give more"
+        ) from None
 
 
 def _map_segments(process: Process, image: Image, base: int) -> None:
