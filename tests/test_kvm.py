@@ -1,121 +1,31 @@
-"""The engine ``kvm`` beside ``unicorn``: the same guests, compared exit by exit.
-
-Where /dev/kvm cannot be used, the tests skip and say why. Some things hold for one kernel only:
-those are marked LOCAL; they were seen on the module ``kvm_pvm``, which emulates all code at CPL 0.
-"""
+"""The engine ``kvm`` beside ``unicorn``: exits, capability, memory, devices, vectors."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from guests.assemble import assemble, assemble_file
-from guests.header import read_header
-from handlers.linux import ProcessExit
+from guests.assemble import assemble
 from sandbox import abi
 from sandbox.abi import KVM_CAP_EXIT_ON_EMULATION_FAILURE as CAP
-from sandbox.boot import Machine, Mode, boot_flat
-from sandbox.engine.kvm_device import unavailable
-from sandbox.exits import EmulationFailure, Exit, GuestException, Hlt, Intr, Io, Mmio, read_exit
-from sandbox.process import boot_process
-from sandbox.registers import GPR_NAMES, RAX, RBX, RCX, DescriptorTable
-from sandbox.vm import ENGINES, Vm
-from tests.guest import BASE, BITNESS, MODES, add_idt, enter_user_mode, policy
+from sandbox.boot import Machine, Mode
+from sandbox.engine.kvm_device import KvmFile
+from sandbox.exits import EmulationFailure, Exit, Hlt, Io, Mmio
+from sandbox.registers import RAX, RBX, RCX
+from sandbox.vm import ENGINES
+from tests.guest import BASE, MODES, add_idt, enter_user_mode, policy
+from tests.kvm_guest import (
+    FLDS,
+    HOLE,
+    KVM,
+    LOCAL,
+    VADDPS,
+    compare,
+    guest,
+    map_hole,
+    skip,
+)
 
-REASON = unavailable()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no KVM: {REASON}")
-
-GUESTS = sorted((Path(__file__).parent.parent / "guests" / "asm").glob("*.asm"))
-HOLE = 0x7000_0000
-"""Linear and guest physical address of a page with no memory behind it."""
-FLAGS = 0xCD5 | 0x100
-"""Status flags, DF and TF. RF is left out: Unicorn keeps it after the instruction it was for."""
-FLDS = bytes.fromhex("d900")
-"""flds [rax]: what the kernel's own tests use; no kernel emulates it."""
-Left = tuple[Any, ...]
-
-
-@contextmanager
-def guest(
-    engine: str,
-    code: bytes | str,
-    mode: Mode = "long",
-    *,
-    cap: bool = True,
-    base: int = BASE,
-    **options: Any,
-) -> Iterator[Machine]:
-    """A flat guest on ``engine``. The policy is the same for both; only Unicorn goes by it."""
-    if isinstance(code, str):
-        code = assemble(code, base, BITNESS[mode])
-    with Vm(options.pop("policy", "baseline"), engine=engine, **options) as vm:
-        vm.enable_cap(CAP, int(cap))
-        yield boot_flat(vm, code, base, mode)
-
-
-def seen(found: Machine, left: Exit) -> Left:
-    """What both engines must agree on after an exit. Debug words are no ABI."""
-    registers = found.vcpu.registers
-    state = registers.rip, tuple(registers.gpr), registers.rflags & FLAGS
-    if isinstance(left, EmulationFailure):
-        assert len(left.debug) == 5
-        fields: Left = (left.suberror, left.ndata, left.flags, left.insn_size, left.insn_bytes)
-    else:
-        fields = (left,)
-    page = found.vcpu.page
-    assert str(read_exit(page)) == str(left), "the page does not hold the exit"
-    return page.run.exit_reason, *fields, *state
-
-
-def compare(
-    code: bytes | str,
-    mode: Mode = "long",
-    *,
-    prepare: Callable[[Machine], None] | None = None,
-    answer: Callable[[Machine, Exit], None] | None = None,
-    exits: int = 20,
-    **options: Any,
-) -> list[Exit]:
-    """Run on both engines until HLT, or ``exits`` exits; all must be alike. Those of KVM."""
-    story: dict[str, list[Left]] = {}
-    kept: list[Exit] = []
-    for engine in ENGINES:
-        with guest(engine, code, mode, **options) as found:
-            if prepare is not None:
-                prepare(found)
-            story[engine], kept = [], []
-            for _ in range(exits):
-                left = found.vcpu.run(5)
-                story[engine].append(seen(found, left))
-                kept.append(left)
-                if isinstance(left, (Hlt, Intr)):
-                    break
-                if answer is not None:
-                    answer(found, left)
-    assert story["kvm"] == story["unicorn"]
-    return kept
-
-
-def map_hole(found: Machine) -> None:
-    """The page at HOLE, as in exit_on_emulation_failure_test.c: mapped, with no memory behind."""
-    if found.space is not None:
-        found.space.map(HOLE, HOLE, 0x1000, write=True, execute=True)
-
-
-def skip(size: int) -> Callable[[Machine, Exit], None]:
-    """Step over an instruction of ``size`` bytes that could not be emulated."""
-
-    def answer(found: Machine, left: Exit) -> None:
-        assert isinstance(left, EmulationFailure)
-        found.vcpu.registers.rip += size
-
-    return answer
+pytestmark = KVM
 
 
 def test_the_kernels_own_test_of_the_capability() -> None:
@@ -220,22 +130,6 @@ def test_a_fetch_from_nowhere_has_no_bytes() -> None:
     assert (left[0].ndata, left[0].flags, left[0].bytes) == (6, 0, None)
 
 
-VADDPS = bytes.fromhex("c5f458c2")
-"""LOCAL: at CPL 0 ``kvm_pvm`` gives it to KVM's emulator, which knows no VEX."""
-
-
-def vex_fails_at_cpl_0() -> bool:
-    if REASON is not None:
-        return False
-    with guest("kvm", VADDPS + b"\xf4") as found:
-        return isinstance(found.vcpu.run(5), EmulationFailure)
-
-
-LOCAL = pytest.mark.skipif(
-    not vex_fails_at_cpl_0(), reason="LOCAL: this kernel does not emulate code at CPL 0"
-)
-
-
 @LOCAL
 @pytest.mark.parametrize("room", [1, 2, 3, 4, 8, 14, 15])
 def test_bytes_end_with_the_page_unless_the_decoder_needed_more(room: int) -> None:
@@ -319,103 +213,6 @@ def test_a_handler_takes_a_load_from_a_hole_and_asks_the_caller_for_the_data() -
     assert [type(each) for each in left] == [Mmio, Hlt]
 
 
-def test_a_timeout_ends_a_guest_that_loops() -> None:
-    with guest("kvm", "here: jmp here") as found:
-        start = time.monotonic()
-        assert isinstance(found.vcpu.run(0.1), Intr)
-        assert time.monotonic() - start < 5
-        assert found.vcpu.registers.rip == BASE
-        assert isinstance(found.vcpu.run(0.05), Intr)
-
-
-def test_another_thread_can_stop_the_guest() -> None:
-    with guest("kvm", "here: inc rax\n jmp here") as found:
-        timer = threading.Timer(0.1, found.vcpu.request_stop)
-        timer.start()
-        assert isinstance(found.vcpu.run(10), Intr)
-        timer.join()
-        assert found.vcpu.registers.gpr[RAX] > 0
-
-
-@pytest.mark.parametrize("path", GUESTS, ids=lambda path: path.stem)
-def test_the_assembly_guests_do_as_their_headers_say(path: Path) -> None:
-    header = read_header(path.read_text(), str(path))
-    if path.stem == "user" and vex_fails_at_cpl_0():
-        pytest.xfail("LOCAL: kvm_pvm shuts down on INT 0x80 at CPL 3")
-    code = assemble_file(path, header.base, header.bitness)
-    written: dict[int, bytes] = {}
-    handlers = ["avx2", "integer", "system"]
-    with guest("kvm", code, header.mode, base=header.base, handlers=handlers) as found:
-        found.vcpu.registers.xcr0 = 7
-        while not isinstance(left := found.vcpu.run(20), Hlt):
-            assert isinstance(left, Io), left
-            written[left.port] = written.get(left.port, b"") + left.data
-        registers = dict(zip(GPR_NAMES, found.vcpu.registers.gpr, strict=True))
-    assert {name: registers[name] for name in header.expect} == header.expect
-    assert written == header.output
-
-
-PREBUILT = Path(__file__).parent.parent / "guests" / "c" / "prebuilt"
-
-
-@pytest.mark.parametrize("name", ["demo", "sort"])
-def test_a_linux_program_runs_natively_and_its_system_calls_in_the_tier(
-    name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with Vm(handlers=["linux"], engine="kvm") as vm:
-        vm.enable_cap(CAP)
-        machine = boot_process(vm, PREBUILT / f"{name}-x86-64-v3-O3-musl-gcc")
-        left = machine.vcpu.run(20)
-        assert isinstance(left, ProcessExit) and left.status == 0
-        assert set(machine.vcpu.stats.by_mnemonic) == {"syscall"}
-    assert capfd.readouterr().out == (PREBUILT / f"{name}.out").read_text()
-
-
-def user_code(engine: str, code: str, *packs: str) -> tuple[Machine, Any]:
-    """Run code at CPL 3 without a kernel, to the first exit."""
-    with Vm(policy="baseline", handlers=packs, engine=engine) as vm:
-        vm.enable_cap(CAP)
-        found = boot_flat(vm, assemble(code, BASE), BASE)
-        enter_user_mode(found)
-        found.vm.engine.bank.write_table("idtr", DescriptorTable(0, 0))
-        assert found.space is not None
-        vm.engine.run_user_code(found.space)
-        found.vcpu.registers.xcr0 = 7
-        return found, found.vcpu.run(5)
-
-
-@pytest.mark.parametrize(
-    "code",
-    ["hlt", "mov ebx, 0x5000000\n mov rax, [rbx]",
-     "xor ecx, ecx\n div ecx", "mov ebx, 0x2000\n jmp rbx",
-     "int3", "mov rax, cr3", "mov rbx, -0x7000000000000000\n mov [rbx], al"],
-)  # fmt: skip
-def test_exceptions_of_user_code_come_out_with_its_state(code: str) -> None:
-    ends = {}
-    for engine in ENGINES:
-        found, left = user_code(engine, code)
-        ends[engine] = left, found.vcpu.registers.rip, list(found.vcpu.registers.gpr)
-    assert ends["kvm"] == ends["unicorn"]
-    assert isinstance(ends["kvm"][0], GuestException)
-
-
-def test_an_instruction_that_the_processor_lacks_goes_to_the_tier() -> None:
-    """FMA4 is no instruction of any processor that runs today; the pack ``amd`` has it."""
-    found, left = user_code("kvm", ".byte 0xc4, 0xe3, 0xf1, 0x69, 0xc2, 0x30\n int3", "avx2", "amd")
-    assert found.vcpu.stats.fallback_count >= 1, left
-    assert isinstance(left, GuestException) and left.exception == 3
-
-
-@LOCAL
-def test_the_upper_halves_of_ymm_go_both_ways() -> None:
-    """LOCAL: ``kvm_pvm`` shows guests no AVX, and runs it at CPL 3 all the same."""
-    found, left = user_code("kvm", "vpcmpeqd ymm1, ymm1, ymm1\n vmovdqa ymm2, ymm3\n int3")
-    assert isinstance(left, GuestException) and left.exception == 3
-    vectors = found.vcpu.registers.vec
-    assert vectors.read(1) == b"\xff" * 32 + bytes(32)
-    assert vectors.read(2, 32) == bytes(32)
-
-
 @pytest.mark.parametrize("cap", [True, False])
 def test_the_capability_at_cpl_3(cap: bool) -> None:
     """A load from a hole that the kernel cannot emulate: an exit, or #UD in the guest."""
@@ -429,36 +226,6 @@ def test_the_capability_at_cpl_3(cap: bool) -> None:
     code = (FLDS + b"\x90").ljust(0x40, b"\xcc") + b"\xf4"
     left = compare(code, prepare=prepare, cap=cap, exits=1)
     assert isinstance(left[0], EmulationFailure if cap else Hlt)
-
-
-def test_page_tables_that_the_machine_changes_are_seen_at_once() -> None:
-    """First there, then read-only, then gone, then another page: as mmap and munmap do."""
-    page, first, second = 0x40_0000, 0x20_0000, 0x20_1000
-    ends: dict[str, list[Any]] = {}
-    for engine in ENGINES:
-        with guest(engine, "again: mov rax, [rbx]\n mov [rbx], rcx\n int3") as found:
-            space, registers = found.space, found.vcpu.registers
-            assert space is not None
-            enter_user_mode(found)
-            found.vm.engine.run_user_code(space)
-            found.vm.memory.load(first, b"\x11" * 8)
-            found.vm.memory.load(second, b"\x22" * 8)
-            steps: list[Callable[[], None]] = [
-                lambda s=space: s.map(page, first, 0x1000, write=True, execute=False),
-                lambda s=space: s.protect(page, 0x1000, write=False, execute=False),
-                lambda s=space: s.unmap(page, 0x1000),
-                lambda s=space: s.map(page, second, 0x1000, write=True, execute=False),
-            ]  # type: ignore[misc]
-            ends[engine] = []
-            for step in steps:
-                step()
-                registers.rip, registers.gpr[RBX], registers.gpr[RAX] = BASE, page, 0
-                registers.gpr[RCX] = 0x3333
-                ends[engine].append((str(found.vcpu.run(5)), registers.gpr[RAX], registers.rip))
-    assert ends["kvm"] == ends["unicorn"]
-    assert [value for _left, value, _rip in ends["kvm"]] == [
-        0x1111111111111111, 0x3333, 0, 0x2222222222222222,
-    ]  # fmt: skip
 
 
 def test_a_slot_taken_away_is_gone_and_rom_cannot_be_written() -> None:
@@ -512,3 +279,16 @@ def test_devices_are_asked_at_ports_and_in_memory() -> None:
             told[engine] = ports.told, memory.told, list(found.vcpu.registers.gpr)
     assert told["kvm"] == told["unicorn"]
     assert told["kvm"][0][1:] == [(0, 1, byte) for byte in (0x11, 0x22, 0x33, 0x44)]
+
+
+def test_registers_go_by_their_own_ioctls_where_the_kernel_does_not_share_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has = KvmFile.has
+    monkeypatch.setattr(
+        KvmFile, "has", lambda file, cap: 0 if cap == abi.KVM_CAP_SYNC_REGS else has(file, cap)
+    )
+    test_ports_and_hlt("real")
+    test_ports_and_hlt("long")
+    test_registers_written_while_an_answer_is_awaited_stand()
+    test_an_x87_load_from_a_hole_is_the_same_failure_on_both_engines()
