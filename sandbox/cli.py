@@ -117,7 +117,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", nargs="*", metavar="SUITE", help="fastpath fallback startup")
+    parser.add_argument("suite", nargs="*", metavar="SUITE", help="fastpath fallback operations startup")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.set_defaults(command=_bench)
 
@@ -140,7 +140,7 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
     add("--handlers", action="append", metavar="NAME", help="packs (default: those of `run`)")
     add("--full", action="store_true", help="print the first difference of each form in full")
     add("--date", default="undated", help="to be written into what is made")
-    add("--data", metavar="FILE", help="take the data of an earlier run instead of comparing")
+    add("--data", nargs="+", metavar="FILE", help="take the data of earlier runs, added up")
     add("--json", metavar="FILE", help="write the data")
     add("--write-policy", metavar="FILE", help="write a policy that allows what is right")
     add("--write-known-wrong", metavar="FILE", help="write the page of what is wrong")

@@ -48,3 +48,31 @@ NEW_INSTRUCTION = "0f 3f 01"
 """Bytes that are no instruction: what the trivial handler takes."""
 TRAP = Loop("one trap", ".byte 0x0f, 0x3f, 0x01", 200_000)
 RUN_OF_TRAPS = Loop("run of ten traps", "\n".join([".byte 0x0f, 0x3f, 0x01"] * 10), 40_000)
+
+OPERATIONS = (
+    "vmovdqa ymm1, ymm2",
+    "vmovdqu ymm1, [rsi]",
+    "vmovdqu [rsi], ymm1",
+    "vpaddd ymm1, ymm2, ymm3",
+    "vpand ymm1, ymm2, ymm3",
+    "vpcmpeqb ymm1, ymm2, ymm3",
+    "vpminub ymm1, ymm2, ymm3",
+    "vpslld ymm1, ymm2, 3",
+    "vpshufb ymm1, ymm2, ymm3",
+    "vpshufd ymm1, ymm2, 0x1b",
+    "vpunpcklbw ymm1, ymm2, ymm3",
+    "vpmovmskb eax, ymm1",
+    "vpmulld ymm1, ymm2, ymm3",
+    "vextracti128 xmm1, ymm2, 1",
+    "vaddps ymm1, ymm2, ymm3",
+    "vmulpd ymm1, ymm2, ymm3",
+    "vdivps ymm1, ymm2, ymm3",
+    "vminps ymm1, ymm2, ymm3",
+    "vcvtdq2ps ymm1, ymm2",
+    "vfmadd231ps ymm1, ymm2, ymm3",
+    "vfmadd231pd ymm1, ymm2, ymm3",
+    "vaddsd xmm1, xmm2, xmm3",
+    "andn eax, ebx, edx",
+    "shlx rax, rbx, rdx",
+)
+"""Instructions whose handlers are timed."""

@@ -27,7 +27,7 @@ class Figure:
     def __str__(self) -> str:
         spread = f"({self.ratio_low:.2f} .. {self.ratio_high:.2f})"
         return (
-            f"{self.suite:<10} {self.name:<22} {self.ours:>10.1f} {self.unit:<9} "
+            f"{self.suite:<10} {self.name:<34} {self.ours:>10.1f} {self.unit:<9} "
             f"{self.peer_name} {self.peer:>10.1f}   {self.ratio:6.2f} x {spread}"
         )
 

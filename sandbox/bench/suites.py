@@ -12,7 +12,7 @@ from pathlib import Path
 from guests.assemble import assemble
 from sandbox import abi
 from sandbox.bench import bare
-from sandbox.bench.loops import FASTPATH, NEW_INSTRUCTION, RUN_OF_TRAPS, TRAP, Loop
+from sandbox.bench.loops import FASTPATH, NEW_INSTRUCTION, OPERATIONS, RUN_OF_TRAPS, TRAP, Loop
 from sandbox.bench.measure import Figure, compare
 from sandbox.boot import boot_flat
 from sandbox.cpu import Cpu
@@ -32,7 +32,7 @@ def trivial(_cpu: Cpu, _insn: Insn) -> None:
 TRIVIAL = Pack.of("trivial", trivial)
 
 
-def seconds(code: bytes, *packs: Pack) -> float:
+def seconds(code: bytes, *packs: Pack | str) -> float:
     """Time of ``code`` in the sandbox under the policy ``baseline``."""
     with Vm("baseline", packs) as vm:
         vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
@@ -74,6 +74,24 @@ def _fallback(loop: Loop, traps: int) -> Figure:
     )  # fmt: skip
 
 
+def operations() -> Iterator[Figure]:
+    """One trapped instruction of each kind, in runs of ten, against the trivial handler."""
+    trivial_code = assemble(RUN_OF_TRAPS.source)
+    traps = 10 * RUN_OF_TRAPS.count
+    for name in OPERATIONS:
+        yield _operation(name, trivial_code, traps)
+
+
+def _operation(name: str, trivial_code: bytes, traps: int) -> Figure:
+    loop = Loop(name, "\n".join([name] * 10), RUN_OF_TRAPS.count)
+    code = assemble(loop.source)
+    return compare(
+        "operations", name, "ns/trap", 1e9 / traps,
+        lambda: seconds(code, "integer", "avx2"), lambda: seconds(trivial_code, TRIVIAL),
+        "trivial handler",
+    )  # fmt: skip
+
+
 def startup() -> Iterator[Figure]:
     """``sandbox run`` on a guest that halts at once, against an empty Python process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -95,5 +113,6 @@ def _process(command: list[str]) -> float:
 SUITES: dict[str, Callable[[], Iterator[Figure]]] = {
     "fastpath": fastpath,
     "fallback": fallback,
+    "operations": operations,
     "startup": startup,
 }
