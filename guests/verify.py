@@ -26,7 +26,7 @@ from iced_x86 import (
 
 from guests.expression import HERE, Expression
 from guests.syntax import REGISTERS, Memory, Operand, Statement
-from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES
+from sandbox.decode import FORM_NAMES, IMMEDIATE_BITS, MNEMONIC_NAMES
 
 _FORMATTER = Formatter(FormatterSyntax.INTEL)
 _CONDITIONS = {"z": "e", "nz": "ne", "c": "b", "nae": "b", "nb": "ae", "nc": "ae", "na": "be"}
@@ -39,17 +39,6 @@ _SHIFTS = ("shl", "shr", "sar", "rol", "ror", "rcl", "rcr")
 _WORD_READERS = ("lldt", "lmsw", "ltr", "verr", "verw")
 """They read 16 bits of a register whatever the operand size, so iced-x86 may name it wider."""
 _COMMUTATIVE = ("xchg", "test")
-_IMMEDIATE_BITS: dict[int, int] = {
-    OpKind.IMMEDIATE8: 8,
-    OpKind.IMMEDIATE8_2ND: 8,
-    OpKind.IMMEDIATE16: 16,
-    OpKind.IMMEDIATE32: 32,
-    OpKind.IMMEDIATE64: 64,
-    OpKind.IMMEDIATE8TO16: 16,
-    OpKind.IMMEDIATE8TO32: 32,
-    OpKind.IMMEDIATE8TO64: 64,
-    OpKind.IMMEDIATE32TO64: 64,
-}
 _NEAR_BRANCHES = (OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64)
 _ROUNDING = {
     "rn-sae": RoundingControl.ROUND_TO_NEAREST,
@@ -137,7 +126,7 @@ class _Check:
             register = insn.op_register(place)
             doubled = self.name == "imul" and place == 1 and register == insn.op0_register
             return doubled or not statement.operands or register in (Register.ST0, Register.XMM0)
-        if kind in _IMMEDIATE_BITS:
+        if kind in IMMEDIATE_BITS:
             pseudo = statement.mnemonic == self.printed != self.name
             return pseudo or (self.name in _SHIFTS and insn.immediate(place) == 1)
         return not statement.operands  # string instructions
@@ -162,7 +151,7 @@ class _Check:
     def _number(self, kind: int, place: int, value: int) -> bool:
         if kind in _NEAR_BRANCHES:
             return self.insn.near_branch_target == value % (1 << self.bitness)
-        bits = _IMMEDIATE_BITS.get(kind)
+        bits = IMMEDIATE_BITS.get(kind)
         if bits is None or not -(1 << bits - 1) <= value < 1 << bits:
             return False
         return bool((self.insn.immediate(place) - value) % (1 << bits) == 0)

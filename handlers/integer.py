@@ -14,6 +14,7 @@ from iced_x86 import MemorySizeExt, OpKind, Register
 
 from handlers.flags import MASK
 from sandbox.cpu import bind_address, bind_offset
+from sandbox.decode import IMMEDIATE_BITS
 from sandbox.handler import Action, Handler
 
 if TYPE_CHECKING:
@@ -42,18 +43,6 @@ def _register_places() -> dict[int, tuple[int, int, int]]:
 REGISTERS = _register_places()
 """iced-x86 register to (number in ``cpu.gpr``, width in bits, first bit)."""
 
-_IMMEDIATE_BITS = {
-    OpKind.IMMEDIATE8: 8,
-    OpKind.IMMEDIATE8_2ND: 8,
-    OpKind.IMMEDIATE16: 16,
-    OpKind.IMMEDIATE32: 32,
-    OpKind.IMMEDIATE64: 64,
-    OpKind.IMMEDIATE8TO16: 16,
-    OpKind.IMMEDIATE8TO32: 32,
-    OpKind.IMMEDIATE8TO64: 64,
-    OpKind.IMMEDIATE32TO64: 64,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Operand:
@@ -79,8 +68,8 @@ def bind_operand(cpu: Cpu, insn: Insn, number: int) -> Operand | None:
     if kind == OpKind.MEMORY:
         size = MemorySizeExt.size(iced.memory_size)
         return bind_memory(cpu, bind_address(cpu, insn), size) if size else None
-    if kind in _IMMEDIATE_BITS:
-        return _bind_immediate(iced.immediate(number), _IMMEDIATE_BITS[kind])
+    if kind in IMMEDIATE_BITS:
+        return _bind_immediate(iced.immediate(number), IMMEDIATE_BITS[kind])
     return None
 
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 from functools import cached_property, lru_cache
 from typing import Any
 
-from iced_x86 import Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction
+from iced_x86 import (
+    Code,
+    CpuidFeature,
+    Decoder,
+    DecoderError,
+    DecoderOptions,
+    Instruction,
+    OpKind,
+)
 from iced_x86 import Mnemonic as _Mnemonic
 
 MAX_LENGTH = 15
@@ -24,6 +32,18 @@ def _names(enum: Any) -> dict[int, str]:
 FORM_NAMES: dict[int, str] = _names(Code)
 MNEMONIC_NAMES: dict[int, str] = {v: n.lower() for v, n in _names(_Mnemonic).items()}
 FEATURE_NAMES: dict[int, str] = _names(CpuidFeature)
+IMMEDIATE_BITS: dict[int, int] = {
+    OpKind.IMMEDIATE8: 8,
+    OpKind.IMMEDIATE8_2ND: 8,
+    OpKind.IMMEDIATE16: 16,
+    OpKind.IMMEDIATE32: 32,
+    OpKind.IMMEDIATE64: 64,
+    OpKind.IMMEDIATE8TO16: 16,
+    OpKind.IMMEDIATE8TO32: 32,
+    OpKind.IMMEDIATE8TO64: 64,
+    OpKind.IMMEDIATE32TO64: 64,
+}
+"""Kinds of immediate operands, by iced-x86 ``OpKind``: their width after sign extension."""
 
 
 class DecodeError(Exception):
