@@ -251,7 +251,18 @@ class Cases:
             state.st[number] |= fraction
         state.fpcw = 0x37F & ~0xC00 | rng.randrange(4) << 10
         state.fpsw = rng.randrange(8) << 11 | rng.getrandbits(4) << 8
-        state.fptag = full_tags(0xFF, state.fpsw >> 11 & 7, state.st)
+        top = state.fpsw >> 11 & 7
+        state.fptag = full_tags(self._used_registers(top), top, state.st)
+
+    def _used_registers(self, top: int) -> int:
+        """A bit for each physical register: mostly there is room for a push, sometimes none,
+        sometimes any are empty."""
+        kind = self.rng.random()
+        if kind < 0.25:
+            return 0xFF
+        if kind < 0.75:
+            return 0xFF & ~(1 << (top - 1 & 7) | 1 << (top - 2 & 7))
+        return self.rng.getrandbits(8)
 
     def _fill_mmx(self, state: State) -> None:
         """Lanes as in vector registers, some of them equal; some x87 registers are empty."""

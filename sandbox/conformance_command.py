@@ -28,8 +28,7 @@ TIERS = {"fast": ("fast",), "handlers": ("handlers",), "both": ("fast", "handler
 def conformance_command(options: Namespace) -> int:
     """Compare, print a line per form that differs, write what is asked for; the exit status."""
     if options.data:
-        data = read_data(Path(options.data))
-        findings = [Finding(**found) for found in data["findings"]]
+        data, findings = added_up([read_data(Path(name)) for name in options.data])
     else:
         reason = NativeCpu.available()
         if reason:
@@ -60,6 +59,34 @@ def read_data(path: Path) -> dict[str, Any]:
         return data
     except (OSError, ValueError) as error:
         raise SandboxError(f"{path}: cannot read this data: {error}") from None
+
+
+def added_up(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Finding]]:
+    """The findings of several runs as if they were one, and what is known about the runs.
+
+    SandboxError if they are not about the same processor and the same Unicorn.
+    """
+    total: dict[tuple[str, str, str], Finding] = {}
+    for run in runs:
+        if any(run[key] != runs[0][key] for key in ("processor", "unicorn")):
+            raise SandboxError("these data are of different processors or versions of Unicorn")
+        for found in run["findings"]:
+            finding = Finding(**found)
+            sum_ = total.setdefault((finding.form, finding.tier, finding.operands), finding)
+            if sum_ is not finding:
+                _add(sum_, finding)
+    seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
+    return {**runs[-1], "seed": seeds}, list(total.values())
+
+
+def _add(total: Finding, more: Finding) -> None:
+    total.cases += more.cases
+    total.completed += more.completed
+    total.differences += more.differences
+    for gap, count in more.gaps.items():
+        total.gaps[gap] = total.gaps.get(gap, 0) + count
+    total.first = total.first or more.first
+    total.record = total.record or more.record
 
 
 def _compact(finding: Finding) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sandbox.decode import decode
 from sandbox.encodings import features_of
 from sandbox.gaps import GAPS
 from sandbox.intercepts import intercepted_forms
+from sandbox.policy import Policy
 
 _GENERAL = frozenset("BMI1 BMI2 X64 INTEL386".split())
 """Features whose VEX forms use general registers only."""
@@ -23,9 +25,10 @@ ENOUGH_CASES = 8
 
 
 def is_right(finding: Finding) -> bool:
-    """Whether the finding shows that the fast path may run the form."""
-    refused = finding.gaps.get("refused", 0)
-    return not finding.differences and finding.completed - refused >= ENOUGH_CASES
+    """Whether the finding shows that the fast path may run the form: often enough it came to a
+    result of its own that was compared."""
+    untold = sum(finding.gaps.get(gap, 0) for gap in ("refused", "x87-stack"))
+    return not finding.differences and finding.completed - untold >= ENOUGH_CASES
 
 
 def is_wrong(finding: Finding) -> bool:
@@ -45,7 +48,7 @@ class _Sorting:
         self.wrong = [f for f in fast if is_wrong(f)]
         kinds: dict[str, dict[str, Finding]] = {}
         for finding in fast:
-            if finding.operands and not _hangs_on_xcr0(finding.form):
+            if finding.operands and not _is_kept_away(finding.form):
                 kinds.setdefault(finding.form, {})[finding.operands] = finding
         self.allowed: list[str] = []
         self.partly: dict[str, list[str]] = {"register": [], "memory": []}
@@ -68,11 +71,22 @@ def _is_intercepted(form: str) -> bool:
     return bool(intercepted_forms()[getattr(Code, form)])
 
 
-def _hangs_on_xcr0(form: str) -> bool:
-    """Vectors under VEX and EVEX are #UD unless XCR0 says otherwise, and Unicorn does not know
-    it: they may not run there however right they are."""
-    is_newer = form.startswith(("VEX_", "EVEX_"))
-    return is_newer and bool(features_of(getattr(Code, form)) - _GENERAL)
+@lru_cache(maxsize=1)
+def _by_hand() -> Policy:
+    return Policy.load("by-hand")
+
+
+def _is_kept_away(form: str) -> bool:
+    """Whether a form may not run on the fast path however right it looks.
+
+    Vectors under VEX and EVEX are #UD unless XCR0 says otherwise, and Unicorn does not know it;
+    others are trapped by hand.
+    """
+    code = getattr(Code, form)
+    if form.startswith(("VEX_", "EVEX_")) and features_of(code) - _GENERAL:
+        return True
+    by_hand = _by_hand()
+    return by_hand.deciding(code) >= 0 and not by_hand.allowed[code]
 
 
 def write_policy(path: Path, data: dict[str, Any], findings: Sequence[Finding]) -> None:
@@ -145,6 +159,7 @@ def _policy_lines(
         f"{data['seed']}",
         "# By form         verified.json, beside this file",
         "#",
+        "# Compared in 64-bit mode at CPL 3; 16- and 32-bit code uses the same forms.",
         "# Right means: values, defined flags and faults as on that processor. What the fast path",
         "# leaves out next to a right value (float exception flags, alignment faults and the like)",
         "# is listed in docs/known-wrong.md. What cannot be compared natively is in by-hand.toml.",

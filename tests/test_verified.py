@@ -24,6 +24,8 @@ from sandbox.run import INSTRUCTION_PACKS
 from sandbox.subjects import FastPath, HandlerTier, Stage
 from sandbox.verified import policy_text
 from tests.differential import native_reason
+from tests.test_known_wrong import CASES as HAND_MADE
+from tests.test_known_wrong import Case, instructions
 
 POLICIES = resources.files("sandbox.policies")
 KNOWN_WRONG: list[dict[str, Any]] = json.loads(
@@ -105,3 +107,14 @@ def test_what_is_allowed_is_right_on_this_cpu(stage: Stage, policy: Policy, code
         pytest.skip("not on the fast path")
     for finding in compare_form(FastPath(stage), "fast", code, 4, 12345):
         assert finding.differences == 0, finding.first
+
+
+LEFT_TO_THE_PROCESSOR = {"cvtpi2pd"}  # whether a memory operand touches the x87 tags
+
+
+@pytest.mark.parametrize("case", HAND_MADE, ids=[case.wrong for case in HAND_MADE])
+def test_what_was_found_by_hand_is_trapped_too(policy: Policy, case: Case) -> None:
+    wrong = [i for i in instructions(bytes.fromhex(case.code)) if i.mnemonic == case.wrong]
+    if case.wrong in LEFT_TO_THE_PROCESSOR:
+        pytest.skip("processors differ")
+    assert not any(policy.allows(insn) for insn in wrong)
