@@ -117,7 +117,9 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", nargs="*", metavar="SUITE", help="fastpath fallback operations startup")
+    parser.add_argument(
+        "suite", nargs="*", metavar="SUITE", help="fastpath fallback operations startup"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.set_defaults(command=_bench)
 
