@@ -14,6 +14,7 @@ from sandbox.fallback import Bound, Tier
 from sandbox.fetch import insn_fetch_size
 from sandbox.handler import Action
 from sandbox.intercepts import Intercepts
+from sandbox.kernel_emulator import mmio_forms
 from sandbox.memory import PAGE_SIZE, MmioRead
 from sandbox.registers import CS
 from sandbox.settings import Settings
@@ -156,10 +157,11 @@ class Sites:
         return False
 
     def look_mmio(self, rip: int) -> Site:
-        """The instruction at RIP for an access to MMIO: the machine's own emulator comes first."""
+        """The instruction at RIP for an access to MMIO: the machine's own emulator comes first,
+        with what KVM's takes."""
         insn = self.instruction(rip)
-        bound = self._emulator.bind(insn)
-        if not bound.handlers:
+        bound = self._emulator.bind(insn) if insn.code in mmio_forms() else None
+        if bound is None or not bound.handlers:
             bound = self._bind(insn)
         return Site(bound, self.fetched(rip))
 

@@ -25,7 +25,7 @@ DEFAULT_POLICY = "verified"
 ENGINES = ("unicorn", "kvm")
 DEFAULT_ENGINE = "unicorn"
 KERNEL_PACKS = ("system",)
-EMULATOR_PACKS = ("integer",)
+EMULATOR_PACKS = ("integer", "mmx", "x87", "avx2", "system")
 
 
 class Vm:
