@@ -90,11 +90,13 @@ def test_only_the_main_thread_can_set_the_signal_up(monkeypatch: pytest.MonkeyPa
 
 def test_ctrl_c_ends_the_command(tmp_path: Path) -> None:
     path = tmp_path / "loop.asm"
-    path.write_text("here: jmp here\n")
+    path.write_text("mov dx, 0xe9\n mov al, 'r'\n out dx, al\nhere: jmp here\n")
     command = [sys.executable, "-m", "sandbox", "run", "--engine", "kvm", "--timeout", "20", path]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=GUESTS[0].parents[2]) as process:
-        time.sleep(1.5)
+    pipe, where = subprocess.PIPE, GUESTS[0].parents[2]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=where) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"r"  # the guest runs
         process.send_signal(signal.SIGINT)
         _out, shown = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert shown == b"sandbox: interrupted at 0x1000\n"
+    assert shown == b"sandbox: interrupted at 0x1007\n"
