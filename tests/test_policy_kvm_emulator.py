@@ -191,8 +191,9 @@ def test_forms_alone_decide_so_that_no_instruction_needs_to_be_asked_about() -> 
 
 FLDS = bytes.fromhex("d907")
 """flds [bx]: what no kernel emulates."""
+NATIVE_REAL_MODE = "this kernel runs real mode natively, not in KVM's emulator"
 SAMPLE = 251
-"""A prime: the sample goes through prefixes, opcodes and ModRM bytes alike."""
+"""Each of so many recorded probes is tried, a prime: the sample goes through prefixes, opcodes and ModRM bytes alike."""
 STOP = 0x600
 LOW = 0x10000
 
@@ -226,8 +227,23 @@ def sample() -> Iterator[Probe]:
 @KVM
 def test_a_sample_is_taken_live_as_the_preset_says() -> None:
     if probed_live(FLDS + HLT):
-        pytest.skip("this kernel runs real mode natively, not in KVM's emulator")
+        pytest.skip(NATIVE_REAL_MODE)
     probes = list(sample())
     assert len(probes) > 150
     wrong = [str(p) for p in probes if probed_live(p.data) != p.allowed]
     assert wrong == []
+
+
+@KVM
+@pytest.mark.parametrize(
+    ("taken", "failing"),
+    [
+        ("c8 0000 00", "c8 0000 01"),  # enter 0, level
+        ("66 ea ffff0000 0000", "66 ea 00000100 0000"),  # jmp far 0:offset
+    ],
+)
+def test_what_a_form_does_not_tell_about_its_operands(taken: str, failing: str) -> None:
+    if probed_live(FLDS + HLT):
+        pytest.skip(NATIVE_REAL_MODE)
+    assert probed_live(bytes.fromhex(taken) + HLT)
+    assert not probed_live(bytes.fromhex(failing) + HLT)
