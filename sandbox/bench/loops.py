@@ -30,18 +30,18 @@ _PUSH = "\n".join(["push rax"] * 10 + ["pop rax"] * 10)
 _WALK = "add ebx, 64\nand ebx, 0xfffff\n"
 
 FASTPATH = (
-    Loop("alu", "add rax, rbx\nxor rdx, rax\nlea rbx, [rax + rdx * 2]\nimul rdx, rbx", 3_000_000),
+    Loop("alu", "add rax, rbx\nxor rdx, rax\nlea rbx, [rax + rdx * 2]\nimul rdx, rbx", 60_000_000),
     Loop("branch", "test cl, 3\njz skip\nadd rax, 1\nskip:\ntest cl, 5\njnz over\ninc rdx\nover:",
-         3_000_000),
-    Loop("call", "call function\njmp done\nfunction:\nret\ndone:", 1_000_000),
-    Loop("load", f"{_WALK}mov rax, [rdi + rbx]\nadd rdx, rax", 3_000_000),
-    Loop("store", f"{_WALK}mov [rdi + rbx], rax", 3_000_000, stores=True),
-    Loop("push and pop", _PUSH, 400_000, stores=True),
-    Loop("read-modify-write", f"{_WALK}add qword ptr [rdi + rbx], 1", 2_000_000, stores=True),
+         30_000_000),
+    Loop("call", "call function\njmp done\nfunction:\nret\ndone:", 6_000_000),
+    Loop("load", f"{_WALK}mov rax, [rdi + rbx]\nadd rdx, rax", 50_000_000),
+    Loop("store", f"{_WALK}mov [rdi + rbx], rax", 6_000_000, stores=True),
+    Loop("push and pop", _PUSH, 700_000, stores=True),
+    Loop("read-modify-write", f"{_WALK}add qword ptr [rdi + rbx], 1", 6_000_000, stores=True),
     Loop("string", f"mov r8d, ecx\nmov rdi, {SCRATCH:#x}\nmov ecx, 64\nrep stosq\nmov ecx, r8d",
          50_000, stores=True),
-    Loop("x87", "fld1\nfadd st(0), st(0)\nfsqrt\nfstp st(0)", 1_000_000),
-    Loop("sse", "paddd xmm0, xmm1\npshufd xmm1, xmm0, 0x1b\nmulps xmm2, xmm3", 1_000_000),
+    Loop("x87", "fld1\nfadd st(0), st(0)\nfsqrt\nfstp st(0)", 4_000_000),
+    Loop("sse", "paddd xmm0, xmm1\npshufd xmm1, xmm0, 0x1b\nmulps xmm2, xmm3", 8_000_000),
 )  # fmt: skip
 
 NEW_INSTRUCTION = "0f 3f 01"

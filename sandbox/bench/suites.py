@@ -18,7 +18,7 @@ from sandbox.boot import boot_flat
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
 from sandbox.exits import Hlt
-from sandbox.handler import Pack, handler
+from sandbox.handler import FunctionHandler, Pack, handler
 from sandbox.vm import Vm
 
 BINDING = "unicorn binding"
@@ -30,6 +30,10 @@ def trivial(_cpu: Cpu, _insn: Insn) -> None:
 
 
 TRIVIAL = Pack.of("trivial", trivial)
+RESTARTABLE = Pack.of(
+    "restartable", FunctionHandler(trivial.function, patterns=(NEW_INSTRUCTION,), restartable=True)
+)
+"""The same, promising to write nothing before its last check: its state is not saved for undo."""
 
 
 def seconds(code: bytes, *packs: Pack | str) -> float:
@@ -62,15 +66,16 @@ def _fastpath(loop: Loop) -> Figure:
 def fallback() -> Iterator[Figure]:
     """Trap, exit filled, trivial Python handler, resume: ours against the binding's hook."""
     for loop, traps in ((TRAP, 1), (RUN_OF_TRAPS, 10)):
-        yield _fallback(loop, traps)
+        for pack in (TRIVIAL, RESTARTABLE):
+            yield _fallback(loop, traps, pack)
 
 
-def _fallback(loop: Loop, traps: int) -> Figure:
+def _fallback(loop: Loop, traps: int, pack: Pack) -> Figure:
     code = assemble(loop.source)
     length = len(bytes.fromhex(NEW_INSTRUCTION))
     return compare(
-        "fallback", loop.name, "ns/trap", 1e9 / loop.count / traps,
-        lambda: seconds(code, TRIVIAL), lambda: bare.fallback_seconds(code, length), BINDING,
+        "fallback", f"{loop.name}, {pack.name}", "ns/trap", 1e9 / loop.count / traps,
+        lambda: seconds(code, pack), lambda: bare.fallback_seconds(code, length), BINDING,
     )  # fmt: skip
 
 
