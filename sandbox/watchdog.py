@@ -17,7 +17,7 @@ from typing import Protocol
 
 from sandbox.fallback import HandlerTimeout
 
-TICK_SECONDS = 0.02
+TICK_SECONDS = 0.05
 GRACE_SECONDS = 0.25
 _EMULATING = frozenset({"trapped", "_step"})
 """Functions of the vCPU that call handlers."""
