@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -33,9 +33,13 @@ from sandbox.xsave import full_tags
 _SPECIAL_INTS = (0, 1, 2, 3, 0x1F, 0x20, 0x3F, 0x40, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF,
                  0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 63) - 1, (1 << 64) - 1,
                  (1 << 64) - 0x80, (1 << 64) - 0x8000, 0x0123456789ABCDEF)  # fmt: skip
+_SPECIAL = np.array(_SPECIAL_INTS, np.uint64)
+_BYTE, _ONE = np.uint64(0xFF), np.uint64(1)
 
 _GS_BASE = 0x1240
 _POOL = 2048
+_BLOCK = 16
+"""Random registers are made for so many states at once."""
 _FLOATS = {"f2": (10, 5), "f4": (23, 8), "f8": (52, 11)}
 """Mantissa and exponent bits."""
 
@@ -130,6 +134,21 @@ def _int_pool(rng: np.random.Generator) -> npt.NDArray[Any]:
     return np.concatenate(rows)
 
 
+def _integers(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[np.uint64]:
+    """For general registers: any bits, any width, bytes, special values."""
+    kind = rng.integers(0, 8, shape)
+    bits = rng.integers(0, 1 << 64, shape, np.uint64)
+    width = rng.integers(0, 64, shape, np.uint64)
+    special = rng.choice(_SPECIAL, shape)
+    return np.select([kind < 3, kind == 3, kind == 4], [bits, bits >> width, bits & _BYTE], special)
+
+
+def _masks(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[np.uint64]:
+    """For opmask registers: any bits in half of them, all or none in the others."""
+    bits = rng.integers(0, 1 << 64, shape, np.uint64)
+    return np.where(rng.integers(0, 2, shape, bool), bits, -(bits & _ONE))
+
+
 @lru_cache(maxsize=8)
 def _pool(kind: str) -> npt.NDArray[Any]:
     """``_POOL`` register contents, shape (n, 64) of bytes: ``u`` integers, or floats."""
@@ -149,11 +168,12 @@ def uses_x87(insn: Insn) -> bool:
     return by_feature or has_mmx_register(insn)
 
 
-def _mixed_pool(insn: Insn) -> npt.NDArray[Any]:
-    lane = float_type(insn)
+@lru_cache(maxsize=8)
+def _mixed_pool(lane: str | None, converts: bool) -> npt.NDArray[Any]:
+    """What stands in vector registers for instructions on such floats (None: on integers)."""
     if lane is None:
         parts = [_pool("u")] * 4 + [_pool("f4"), _pool("f8")]
-    elif "cvt" in insn.mnemonic:
+    elif converts:
         parts = [_pool(lane)] * 2 + [_pool("u"), _pool("f4"), _pool("f8"), _pool("f2")]
     else:
         parts = [_pool(lane)] * 5 + [_pool("u")]
@@ -175,24 +195,26 @@ class Cases:
         self.mxcsr = mxcsr
         self.rng = random.Random(f"{insn.raw.hex()} {seed}")
         self._numbers = np.random.default_rng(self.rng.getrandbits(64))
-        self._pool = _mixed_pool(insn)
+        self._pool = _mixed_pool(float_type(insn), "cvt" in insn.mnemonic)
         self._noise = self.rng.randbytes(REGION_SIZE)
         self._memory = list(InstructionInfoFactory().info(insn.iced).used_memory())
         self._mmx = has_mmx_register(insn)
         self._x87 = uses_x87(insn)
         self._float = float_type(insn) is not None
+        self._registers = self._blocks()
 
     def take(self, count: int) -> list[State]:
         return [self.state() for _ in range(count)]
 
     def state(self) -> State:
         rng = self.rng
-        vectors = self._vectors()
+        vectors, gpr, opmask = next(self._registers)
+        self._equal_lanes(vectors)
         state = State(
-            gpr=[self._integer() for _ in range(16)],
+            gpr=gpr,
             rflags=0x202 | rng.getrandbits(12) & 0x8D5,
             mxcsr=self._control(),
-            opmask=[self._mask() for _ in range(8)],
+            opmask=opmask,
             memory=self._noise,
         )
         if self.insn.iced.is_string_instruction:
@@ -208,18 +230,13 @@ class Cases:
         state.vectors = vectors.tobytes()
         return state
 
-    def _integer(self) -> int:
-        kind = self.rng.randrange(8)
-        if kind < 3:
-            return self.rng.getrandbits(64)
-        if kind == 3:
-            return self.rng.getrandbits(self.rng.randrange(65))
-        if kind == 4:
-            return self.rng.randrange(256)
-        return self.rng.choice(_SPECIAL_INTS)
-
-    def _mask(self) -> int:
-        return self.rng.choice((self.rng.getrandbits(64), self.rng.getrandbits(64), 0, 2**64 - 1))
+    def _blocks(self) -> Iterator[tuple[npt.NDArray[Any], list[int], list[int]]]:
+        """Without end: vectors of shape (32, 64), 16 integers, 8 masks."""
+        numbers, pool = self._numbers, self._pool
+        while True:
+            vectors = pool[numbers.integers(0, len(pool), (_BLOCK, 32))]
+            gpr = _integers(numbers, (_BLOCK, 16)).tolist()
+            yield from zip(vectors, gpr, _masks(numbers, (_BLOCK, 8)).tolist(), strict=True)
 
     def _control(self) -> int:
         rng = self.rng
@@ -232,14 +249,12 @@ class Cases:
             value &= ~(rng.getrandbits(6) << 7)
         return value
 
-    def _vectors(self) -> npt.NDArray[Any]:
-        """Shape (32, 64), bytes; in a third of the cases some lanes are equal between registers."""
-        chosen = self._pool[self._numbers.integers(0, len(self._pool), 32)]
+    def _equal_lanes(self, vectors: npt.NDArray[Any]) -> None:
+        """In a third of the cases some lanes are equal between registers."""
         if self.rng.random() < 0.33:
             lane = self.rng.choice((1, 2, 4, 8, 16, 64))
             equal = self._numbers.integers(0, 2, 64 // lane, bool).repeat(lane)
-            chosen = np.where(equal, chosen[self.rng.randrange(32)], chosen)
-        return chosen
+            np.copyto(vectors, vectors[self.rng.randrange(32)].copy(), where=equal)
 
     def _fill_x87(self, state: State) -> None:
         rng = self.rng
@@ -266,7 +281,8 @@ class Cases:
 
     def _fill_mmx(self, state: State) -> None:
         """Lanes as in vector registers, some of them equal; some x87 registers are empty."""
-        rng, rows = self.rng, self._vectors()
+        rng, (rows, _gpr, _masks) = self.rng, next(self._registers)
+        self._equal_lanes(rows)
         for number in range(8):
             low = int.from_bytes(rows[number, :8].tobytes(), "little")
             state.st[number] = rng.choice((0xFFFF, 0x3FFF, 0)) << 64 | low

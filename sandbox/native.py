@@ -36,7 +36,7 @@ import select
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -176,34 +176,45 @@ def check(insn: bytes) -> None:
         raise ValueError(f"{iced} does not run natively: control, system or segment instruction")
 
 
-class _Slot:
-    """Views of one slot in the shared memory: a state in, a state out."""
+class _Slots:
+    """The slots in the shared memory: states in, states out."""
 
-    def __init__(self, shared: mmap.mmap, number: int, layout: dict[int, int], mask: int) -> None:
-        self.at = number * w.SLOT
+    def __init__(self, shared: mmap.mmap, layout: dict[int, int], mask: int) -> None:
         self.shared = shared
         self.mask = mask
-        frame = np.frombuffer(shared, "u1", w.SLOT, self.at)
-        xmm = frame[160:416].reshape(16, 16)
-        self.parts: list[tuple[int, Any, Callable[[Any], Any]]] = [(1, xmm, _low)]
+        frames = np.frombuffer(shared, "u1", w.SLOTS * w.SLOT).reshape(w.SLOTS, w.SLOT)
+        self._present = frames[:, 512:513]  # the components that XSAVE found in use
+        self._vectors = np.empty((w.SLOTS, 32, 64), "u1")
+        places = [(1, 160, (slice(16), slice(16)))]
         if mask >> 2 & 1:
-            at = layout[2]
-            self.parts.append((2, frame[at : at + 256].reshape(16, 16), _ymm_high))
+            places.append((2, layout[2], (slice(16), slice(16, 32))))
         if mask >> 6 & 1:
-            at = layout[6]
-            self.parts.append((6, frame[at : at + 512].reshape(16, 32), _zmm_high))
-            at = layout[7]
-            self.parts.append((7, frame[at : at + 1024].reshape(16, 64), _high_16))
-        self.opmask_at = self.at + layout[5] if mask >> 5 & 1 else None
+            places.append((6, layout[6], (slice(16), slice(32, 64))))
+            places.append((7, layout[7], (slice(16, 32), slice(64))))
+        self._parts = []
+        """Number of the component, where it lies in the frames, where in the vectors."""
+        for number, at, where in places:
+            part = self._vectors[:, *where]
+            area = frames[:, at : at + part[0].size].reshape(part.shape)
+            assert area.base is not None, "a copy would not reach the worker"
+            self._parts.append((number, area, part))
+        self._opmask_at = layout[5] if mask >> 5 & 1 else None
 
-    def put(self, insn: bytes, state: State) -> None:
-        shared, at = self.shared, self.at
-        vectors = np.frombuffer(state.vectors, "u1").reshape(32, 64)
-        for _number, view, select_part in self.parts:
-            view[:] = select_part(vectors)
-        if self.opmask_at is not None:
-            struct.pack_into("<8Q", shared, self.opmask_at, *state.opmask)
-        tags = sum(1 << i for i in range(8) if state.fptag >> 2 * i & 3 != 3)
+    def put(self, cases: Sequence[tuple[bytes, State]]) -> None:
+        """Fill the first slots."""
+        count = len(cases)
+        vectors = np.frombuffer(b"".join([state.vectors for _insn, state in cases]), "u1")
+        self._vectors[:count] = vectors.reshape(count, 32, 64)
+        for _number, area, part in self._parts:
+            area[:count] = part[:count]
+        for number, (insn, state) in enumerate(cases):
+            self._put(number * w.SLOT, insn, state)
+
+    def _put(self, at: int, insn: bytes, state: State) -> None:
+        shared = self.shared
+        if self._opmask_at is not None:
+            struct.pack_into("<8Q", shared, at + self._opmask_at, *state.opmask)
+        tags = sum([1 << i for i in range(8) if state.fptag >> 2 * i & 3 != 3])
         struct.pack_into(
             "<HHBBHQQI", shared, at, state.fpcw, state.fpsw, tags, 0, 0, 0, 0, state.mxcsr & 0xFFFF
         )
@@ -216,16 +227,33 @@ class _Slot:
         shared[at + w.INSN_LENGTH : at + w.INSN + len(insn)] = bytes([len(insn)]) + insn
         shared[start : start + REGION_SIZE] = state.memory
 
-    def get(self, before: State) -> Result:
-        shared, at = self.shared, self.at
-        (used,) = struct.unpack_from("<Q", shared, at + 512)
-        vectors = np.frombuffer(before.vectors, "u1").reshape(32, 64).copy()
-        for number, view, select_part in self.parts:
+    def get(self, before: Sequence[State]) -> Iterator[Result]:
+        """What came out of the first slots."""
+        count = len(before)
+        for number, area, part in self._parts:
             # a component in its initial state may be left out of the area
-            select_part(vectors)[:] = view if used >> number & 1 else 0
+            used = self._present[:count] >> number & 1
+            np.multiply(area[:count], used[..., None], out=part[:count])
+        vectors = self._vectors[:count].tobytes()
+        for number, state in enumerate(before):
+            known = vectors[2048 * number : 2048 * number + 2048]
+            yield self._get(number * w.SLOT, state, self._with_unknown(known, state.vectors))
+
+    def _with_unknown(self, known: bytes, before: bytes) -> bytes:
+        """The vectors with the parts that the host does not have as they were."""
+        if self.mask & 0xC4 == 0xC4:
+            return known
+        rows = np.frombuffer(before, "u1").reshape(32, 64).copy()
+        size = 32 if self.mask >> 2 & 1 else 16
+        rows[:16, :size] = np.frombuffer(known, "u1").reshape(32, 64)[:16, :size]
+        return rows.tobytes()
+
+    def _get(self, at: int, before: State, vectors: bytes) -> Result:
+        shared = self.shared
+        (used,) = struct.unpack_from("<Q", shared, at + 512)
         opmask = before.opmask[:]
-        if self.opmask_at is not None:
-            opmask = list(struct.unpack_from("<8Q", shared, self.opmask_at))
+        if self._opmask_at is not None:
+            opmask = list(struct.unpack_from("<8Q", shared, at + self._opmask_at))
             opmask = opmask if used >> 5 & 1 else [0] * 8
         fpcw, fpsw, tags = struct.unpack_from("<HHB", shared, at)
         st = [v | e << 64 for v, e in struct.iter_unpack("<QH6x", shared[at + 32 : at + 160])]
@@ -241,7 +269,7 @@ class _Slot:
             gpr=gpr,
             rflags=rflags & USER_FLAGS | before.rflags & ~USER_FLAGS,
             mxcsr=mxcsr,
-            vectors=vectors.tobytes(),
+            vectors=vectors,
             opmask=opmask,
             st=st,
             fpcw=fpcw,
@@ -259,22 +287,6 @@ class _Slot:
         return Result(
             state, Trap(vector, error if vector in (13, 14) else 0, address, number, code)
         )
-
-
-def _low(vectors: Any) -> Any:
-    return vectors[:16, :16]
-
-
-def _ymm_high(vectors: Any) -> Any:
-    return vectors[:16, 16:32]
-
-
-def _zmm_high(vectors: Any) -> Any:
-    return vectors[:16, 32:]
-
-
-def _high_16(vectors: Any) -> Any:
-    return vectors[16:]
 
 
 def _full_tags(used: int, fpsw: int, st: Sequence[int]) -> int:
@@ -317,7 +329,7 @@ class NativeCpu:
             raise NativeUnavailable(f"no native execution here: {error}") from error
         layout = {n: self.cpuid.get((0xD, n), (0, 0, 0, 0))[1] for n in (2, 5, 6, 7)}
         mask = w.COMPONENTS & self.xcr0
-        self._slots = [_Slot(self._shared, n, layout, mask) for n in range(w.SLOTS)]
+        self._slots = _Slots(self._shared, layout, mask)
 
     @staticmethod
     @lru_cache(maxsize=1)
@@ -389,14 +401,11 @@ class NativeCpu:
         results: list[Result] = []
         for start in range(0, len(todo), w.SLOTS):
             chunk = todo[start : start + w.SLOTS]
-            for slot, (insn, state) in zip(self._slots, chunk, strict=False):
-                slot.put(insn, state)
+            self._slots.put(chunk)
             crashed = self._run_slots(len(chunk))
-            for number, (_insn, state) in enumerate(chunk):
-                if number in crashed:
-                    results.append(Result(state, crashed=True))
-                else:
-                    results.append(self._slots[number].get(state))
+            results += self._slots.get([state for _insn, state in chunk])
+            for number in crashed:
+                results[start + number] = Result(chunk[number][1], crashed=True)
         return results
 
     def _run_slots(self, count: int) -> set[int]:
