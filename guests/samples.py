@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,11 +62,31 @@ SAMPLES: dict[str, tuple[Run, ...]] = {
 """Name of each sample and the runs that show what it does."""
 
 
-def build(name: str, level: str, opt: str, outdir: str | Path, compiler: str = "gcc") -> Path:
+SMALL = {
+    "demo": ("-DTEXT=8192",),
+    "dot": ("-DN=512",),
+    "json": ("-DRECORDS=20",),
+    "longdouble": ("-DSTEPS=10",),
+    "matmul": ("-DN=16",),
+    "sort": ("-DN=100",),
+    "strings": ("-DSIZE=16384",),
+}
+"""Options for :func:`build` that leave some less to do: none then runs a million instructions."""
+
+
+def build(
+    name: str,
+    level: str,
+    opt: str,
+    outdir: str | Path,
+    compiler: str = "gcc",
+    options: Sequence[str] = (),
+) -> Path:
     """Build a sample as a static executable and return its path in ``outdir``.
 
-    ``level`` is one of :data:`LEVELS`, ``opt`` one of :data:`OPTIMIZATIONS`. Raises
-    :class:`GuestImageError` if there is no such sample, no compiler, or if it fails.
+    ``level`` is one of :data:`LEVELS`, ``opt`` one of :data:`OPTIMIZATIONS`, ``options`` are
+    further ones for the compiler. Raises :class:`GuestImageError` if there is no such sample, no
+    compiler, or if it fails.
     """
     source = SOURCES / f"{name}.c"
     if name not in SAMPLES:
@@ -80,7 +101,8 @@ def build(name: str, level: str, opt: str, outdir: str | Path, compiler: str = "
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GuestImageError(f"cannot build into {outdir}: {error.strerror}") from error
-    command = [compiler, f"-{opt}", f"-march={level}", "-static", "-o", str(target), str(source)]
+    flags = (f"-{opt}", f"-march={level}", "-static", *options)
+    command = [compiler, *flags, "-o", str(target), str(source)]
     done = subprocess.run([*command, "-lm"], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

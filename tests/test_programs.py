@@ -7,6 +7,7 @@ all samples at every level, optimization and compiler, under the policy given (a
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ def sandboxed(program: Path, run: Run, *options: str) -> tuple[int, bytes, bytes
         [*command, str(program), *run.args],
         input=run.stdin,
         capture_output=True,
-        timeout=300,
+        timeout=1800,
         cwd=HERE,
     )
     return done.returncode, done.stdout, done.stderr.replace(os.fsencode(program), b"")
@@ -71,6 +72,8 @@ def test_prebuilt_program_prints_what_it_prints_natively(name: str) -> None:
 
 
 def programs(folder: Path) -> Iterator[tuple[str, Path]]:
+    for name, path in PREBUILTS.items():
+        yield name, Path(shutil.copy(path, folder))
     for compiler in ("gcc", "musl-gcc"):
         if not static_libc(compiler):
             continue

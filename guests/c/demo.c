@@ -7,7 +7,9 @@
 #include <string.h>
 
 #define N 2048
+#ifndef TEXT
 #define TEXT 65536
+#endif
 
 static float a[N], b[N];
 static char text[TEXT + 1];

@@ -8,7 +8,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#ifndef N
 #define N 4096
+#endif
 #define LANES 8
 
 static float fa[N], fb[N];

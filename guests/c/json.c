@@ -88,12 +88,16 @@ static int parse(const char *text, size_t size, struct parser *p) {
     return value(p) && (space(p), p->at == p->end);
 }
 
+#ifndef RECORDS
+#define RECORDS 500
+#endif
+
 int main(void) {
     static const char *const bad[] = {"", "{", "[1,]", "{\"a\" 1}", "tru", "[1 2]", "\"open"};
     static char text[100000];
     struct parser p;
     size_t used = (size_t)sprintf(text, "[");
-    for (int i = 0; i < 500; i++)
+    for (int i = 0; i < RECORDS; i++)
         used += (size_t)sprintf(text + used,
                                 "%s\n {\"id\": %d, \"name\": \"item \\\"%d\\\"\", \"ok\": %s, "
                                 "\"price\": %d.%02d, \"tags\": [\"a%d\", null, [%de-3]], \"sub\": {}}",

@@ -5,7 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#ifndef STEPS
 #define STEPS 40
+#endif
 
 static void print(const char *name, long double value) {
     printf("%-12s %.16Lg\n", name, value);

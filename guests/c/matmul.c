@@ -6,7 +6,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#ifndef N
 #define N 48
+#endif
 
 static float fa[N][N], fb[N][N], fc[N][N];
 static double da[N][N], db[N][N], dc[N][N];

@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef N
 #define N 3000
+#endif
 
 struct record {
     char name[12];

@@ -6,7 +6,9 @@
 #include <string.h>
 #include <wchar.h>
 
-#define SIZE (1 << 20)
+#ifndef SIZE
+#define SIZE (1 << 20) /* a power of two from 16 KiB on */
+#endif
 #define PAGE 4096
 
 static char text[SIZE + 64], copy[SIZE + 64];

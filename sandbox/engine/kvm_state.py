@@ -85,7 +85,8 @@ class KvmBank:
         self._sync = sync
         self._cpuid = cpuid
         self.on_control: Callable[[], None] = _nothing
-        """Called after a write of CR0, CR3, CR4 or EFER: translations may have changed."""
+        """Called after a write of CR0, CR3, CR4, EFER, CS or SS: what was found at an address may
+        no longer hold."""
         self._own = memoryview(bytearray(_REGS_BYTES))
         self.general = self._quads = self._own.cast("Q")
         """The 16 general registers, RIP, RFLAGS."""
@@ -328,6 +329,8 @@ class KvmBank:
         fields = (v.type, v.present, v.dpl, v.db, v.s, v.l, v.g, v.avl, int(not v.present), 0)
         at = _SEGMENT_AT[name]
         kvm_abi.SEGMENT.pack_into(self._sregs, at, v.base, v.limit, v.selector, *fields)
+        if name in ("cs", "ss"):
+            self.on_control()
 
     def read_table(self, name: str) -> DescriptorTable:
         if name == "idtr" and self.shown_idt is not None:

@@ -103,7 +103,8 @@ class UnicornBank:
         self._ids = {name: ctypes.c_int(number) for name, (number, _size) in _API.items()}
         self._cr8 = 0
         self.on_control: Callable[[], None] = _nothing
-        """Called after a write of CR0, CR3, CR4 or EFER: translations may have changed."""
+        """Called after a write of CR0, CR3, CR4 or EFER, and if CPL, mode or CS base have changed:
+        what was found at an address may no longer hold."""
         self.on_float_control: Callable[[str, int], None] = _ignore
         """Called after a write of ``mxcsr`` or ``fpcw``, with the name and the value."""
         self._direct = {f"cr{n}": self.cr_index + n for n in (0, 2, 3, 4)}
@@ -222,8 +223,11 @@ class UnicornBank:
         flags = s.type << 8 | s.s << 12 | s.dpl << 13 | s.present << 15
         flags |= s.avl << 20 | s.l << 21 | s.db << 22 | s.g << 23
         at = self._layout.segments + _INDEX[name] * SEGMENT_BYTES
+        before = self.words[self.hflags_index], self.quads[self.cs_base_index]
         _SEGMENT.pack_into(self._bytes, at, s.selector, s.base, s.limit, flags)
         self.update_hflags()
+        if before != (self.words[self.hflags_index], self.quads[self.cs_base_index]):
+            self.on_control()
 
     def read_table(self, name: str) -> DescriptorTable:
         at = self._layout.segments + _TABLES[name] * SEGMENT_BYTES
