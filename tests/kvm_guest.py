@@ -18,8 +18,9 @@ from sandbox.abi import KVM_CAP_EXIT_ON_EMULATION_FAILURE as CAP
 from sandbox.boot import Machine, Mode, boot_flat
 from sandbox.engine.kvm_device import unavailable
 from sandbox.exits import EmulationFailure, Exit, Hlt, Intr, read_exit
+from sandbox.registers import RSP
 from sandbox.vm import ENGINES, Vm
-from tests.guest import BASE, BITNESS
+from tests.guest import BASE, BITNESS, KERNEL_STACK, add_idt, enter_user_mode, quads
 
 REASON = unavailable()
 KVM = pytest.mark.skipif(REASON is not None, reason=f"no KVM: {REASON}")
@@ -127,3 +128,22 @@ def vex_fails_at_cpl_0() -> bool:
 LOCAL = pytest.mark.skipif(
     not vex_fails_at_cpl_0(), reason="LOCAL: this kernel does not emulate code at CPL 0"
 )
+
+
+def through_the_idt(engine: str, text: str) -> tuple[int, list[int]]:
+    """Run user code under a 64-bit IDT with all vectors: the one that came, and the stack there."""
+    handlers = BASE + 0x100
+    code = assemble(text, BASE).ljust(handlers - BASE, b"\xcc") + b"\xf4" * 256
+    with guest(engine, code) as found:
+        add_idt(found, {vector: handlers + vector for vector in range(256)})
+        enter_user_mode(found)
+        left = found.vcpu.run(5)
+        assert isinstance(left, Hlt), left
+        top = found.vcpu.registers.gpr[RSP]
+        return found.vcpu.registers.rip - 1 - handlers, quads(found, top, (KERNEL_STACK - top) // 8)
+
+
+def user_interrupt_vector(number: int) -> int:
+    """The vector that INT ``number`` at CPL 3 raises under KVM: another one is the kernel's error,
+    for the gate allows it."""
+    return through_the_idt("kvm", f"int {number}")[0]
