@@ -8,7 +8,6 @@ out as the exit that stands in ``kvm_run``.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
 import threading
@@ -25,6 +24,7 @@ from sandbox.engine.kvm_device import (
     create_vcpu,
     create_vm,
     open_device,
+    run_vcpu,
     supported_cpuid,
 )
 from sandbox.engine.kvm_state import KvmBank
@@ -157,13 +157,10 @@ class KvmEngine:
         assert self._vcpu is not None
         self._thread = threading.get_ident()
         try:
-            fcntl.ioctl(self._vcpu.descriptor, abi.KVM_RUN, 0)
-        except OSError as error:
-            return error.errno or errno.EIO
+            return run_vcpu(self._vcpu.descriptor)
         finally:  # Ctrl-C comes out of the call too
             self._thread = 0
             self._bank.pull()
-        return 0
 
     def _classify(self, error: int) -> Stop | None:
         """What the end of KVM_RUN means; None: go on."""
@@ -221,6 +218,12 @@ class KvmEngine:
         thread = self._thread
         if thread:
             signal.pthread_kill(thread, KICK)
+
+    def interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT: the guest takes this external interrupt when it is entered next."""
+        assert self._vcpu is not None
+        number = bytearray(vector.to_bytes(4, "little"))
+        self._vcpu.exchange("KVM_INTERRUPT", kvm_abi.KVM_INTERRUPT, number)
 
     def run_user_code(self, space: AddressSpace) -> None:
         """What runs from now on is a program at CPL 3 in ``space``, without a kernel: SYSCALL is

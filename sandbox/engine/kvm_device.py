@@ -36,6 +36,19 @@ _HELP[errno.ENODEV] = _HELP[errno.ENXIO]
 _HELP[errno.EPERM] = _HELP[errno.EACCES]
 
 
+_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
+
+
+def run_vcpu(descriptor: int) -> int:
+    """KVM_RUN; its errno, or 0.
+
+    Not by ``fcntl.ioctl``: from Python 3.14 on that enters the guest again after a signal, and a
+    signal is what brings one out.
+    """
+    return ctypes.get_errno() if _ioctl(descriptor, abi.KVM_RUN, 0) < 0 else 0
+
+
 class KvmFile:
     """One of KVM's files (system, VM or vCPU) and its ioctls; each error is an EngineError."""
 
