@@ -118,9 +118,19 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "suite", nargs="*", metavar="SUITE", help="fastpath fallback operations startup"
+        "suite", nargs="*", metavar="SUITE", help="fastpath fallback operations startup programs"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument(
+        "--only", metavar="REGEX", default="", help='figures whose "suite name" matches'
+    )
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=5, help="rounds of each comparison (default 5)"
+    )
+    parser.add_argument(
+        "--scale", metavar="X", type=float, default=1.0,
+        help="length of the runs; below 1 is quick and noisy (default 1)",
+    )  # fmt: skip
     parser.set_defaults(command=_bench)
 
 

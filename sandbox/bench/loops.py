@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from sandbox.bench.measure import Effort
 
 SCRATCH = 0x20_0000
 """1 MiB of data that the loops may use."""
@@ -17,6 +19,10 @@ class Loop:
     count: int
     stores: bool = False
     """A store-heavy loop."""
+
+    def scaled(self, effort: Effort) -> Loop:
+        """The same with fewer or more iterations."""
+        return replace(self, count=effort.count(self.count))
 
     @property
     def source(self) -> str:

@@ -1,8 +1,10 @@
-"""Pairs of measurements, taken in turn, and their ratio with its spread."""
+"""Measurements taken in turn, and their ratios with the spread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,9 +12,29 @@ ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """How much to measure: ``rounds`` of each comparison, ``scale`` for the length of the runs
+    (1 for figures that are worth keeping), and a pattern that a figure's "suite name" must match.
+    """
+
+    rounds: int = ROUNDS
+    scale: float = 1.0
+    only: str = ""
+
+    def wants(self, suite: str, name: str) -> bool:
+        """Whether the figures ``name`` of ``suite`` are asked for."""
+        return re.search(self.only, f"{suite} {name}") is not None
+
+    def count(self, reference: int) -> int:
+        """``reference`` repetitions, scaled; at least one."""
+        return max(1, round(reference * self.scale))
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of a suite. ``ours`` and ``peer`` are medians in ``unit``; the ratio is
-    ``peer / ours`` (above 1: we are faster), by pairs of neighbouring runs."""
+    """Ours beside one peer. ``ours`` and ``peer`` are medians in ``unit``; the ratio is
+    ``peer / ours`` (above 1: we are faster): the median over the rounds, the lowest and the
+    highest. ``group`` names the figures that are summed up together within a suite."""
 
     suite: str
     name: str
@@ -23,13 +45,22 @@ class Figure:
     ratio: float
     ratio_low: float
     ratio_high: float
+    group: str = ""
 
-    def __str__(self) -> str:
-        spread = f"({self.ratio_low:.2f} .. {self.ratio_high:.2f})"
-        return (
-            f"{self.suite:<10} {self.name:<34} {self.ours:>10.1f} {self.unit:<9} "
-            f"{self.peer_name} {self.peer:>10.1f}   {self.ratio:6.2f} x {spread}"
-        )
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A peer that has no figure under this name, and why. ``name`` is empty where the whole suite
+    does without it."""
+
+    suite: str
+    name: str
+    peer_name: str
+    text: str
+    group: str = ""
+
+
+Result = Figure | Note
 
 
 def compare(
@@ -40,10 +71,43 @@ def compare(
     ours: Callable[[], float],
     peer: Callable[[], float],
     peer_name: str,
+    rounds: int = ROUNDS,
 ) -> Figure:
-    """Time both in turn :data:`ROUNDS` times; ``scale`` turns seconds into ``unit``."""
-    ours(), peer()
-    pairs = [(ours(), peer()) for _round in range(ROUNDS)]
+    """Time ours and one peer in turn ``rounds`` times; ``scale`` turns seconds into ``unit``."""
+    return next(compare_all(suite, name, unit, scale, ours, {peer_name: peer}, rounds))
+
+
+def compare_all(
+    suite: str,
+    name: str,
+    unit: str,
+    scale: float,
+    ours: Callable[[], float],
+    peers: Mapping[str, Callable[[], float]],
+    rounds: int = ROUNDS,
+    group: str = "",
+) -> Iterator[Figure]:
+    """Time ours and each peer in turn, once to warm up and then ``rounds`` times."""
+    progress(f"{suite} {name}")
+    runs = [ours, *peers.values()]
+    for run in runs:
+        run()
+    samples = [[run() for run in runs] for _round in range(rounds)]
+    for place, peer_name in enumerate(peers, 1):
+        pairs = [(sample[0], sample[place]) for sample in samples]
+        yield figure(suite, name, unit, scale, pairs, peer_name, group)
+
+
+def figure(
+    suite: str,
+    name: str,
+    unit: str,
+    scale: float,
+    pairs: list[tuple[float, float]],
+    peer_name: str,
+    group: str = "",
+) -> Figure:
+    """The figure of ``pairs``: our time and the peer's in each round, in seconds."""
     ratios = sorted(theirs / mine for mine, theirs in pairs)
     return Figure(
         suite,
@@ -55,4 +119,11 @@ def compare(
         median(ratios),
         ratios[0],
         ratios[-1],
+        group,
     )
+
+
+def progress(text: str) -> None:
+    """Say on a terminal what is being measured; the next line overwrites it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text} ...", end="\r", file=sys.stderr, flush=True)

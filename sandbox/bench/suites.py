@@ -13,7 +13,8 @@ from guests.assemble import assemble
 from sandbox import abi
 from sandbox.bench import bare
 from sandbox.bench.loops import FASTPATH, NEW_INSTRUCTION, OPERATIONS, RUN_OF_TRAPS, TRAP, Loop
-from sandbox.bench.measure import Figure, compare
+from sandbox.bench.measure import Effort, Figure, Result, compare
+from sandbox.bench.programs import programs
 from sandbox.boot import boot_flat
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
@@ -49,56 +50,62 @@ def seconds(code: bytes, *packs: Pack | str) -> float:
     return taken
 
 
-def fastpath() -> Iterator[Figure]:
+def fastpath(effort: Effort) -> Iterator[Result]:
     """Allowed loops: ours against bare Unicorn. The ratio is how many times faster we are."""
     for loop in FASTPATH:
-        yield _fastpath(loop)
+        if effort.wants("fastpath", loop.name):
+            yield _fastpath(loop.scaled(effort), effort)
 
 
-def _fastpath(loop: Loop) -> Figure:
+def _fastpath(loop: Loop, effort: Effort) -> Figure:
     code = assemble(loop.source)
     return compare(
         "fastpath", loop.name, "ns/iter", 1e9 / loop.count,
-        lambda: seconds(code), lambda: bare.seconds(code), BINDING,
+        lambda: seconds(code), lambda: bare.seconds(code), BINDING, effort.rounds,
     )  # fmt: skip
 
 
-def fallback() -> Iterator[Figure]:
+def fallback(effort: Effort) -> Iterator[Result]:
     """Trap, exit filled, trivial Python handler, resume: ours against the binding's hook."""
     for loop, traps in ((TRAP, 1), (RUN_OF_TRAPS, 10)):
         for pack in (TRIVIAL, RESTARTABLE):
-            yield _fallback(loop, traps, pack)
+            if effort.wants("fallback", f"{loop.name}, {pack.name}"):
+                yield _fallback(loop.scaled(effort), traps, pack, effort)
 
 
-def _fallback(loop: Loop, traps: int, pack: Pack) -> Figure:
+def _fallback(loop: Loop, traps: int, pack: Pack, effort: Effort) -> Figure:
     code = assemble(loop.source)
     length = len(bytes.fromhex(NEW_INSTRUCTION))
     return compare(
         "fallback", f"{loop.name}, {pack.name}", "ns/trap", 1e9 / loop.count / traps,
         lambda: seconds(code, pack), lambda: bare.fallback_seconds(code, length), BINDING,
+        effort.rounds,
     )  # fmt: skip
 
 
-def operations() -> Iterator[Figure]:
+def operations(effort: Effort) -> Iterator[Result]:
     """One trapped instruction of each kind, in runs of ten, against the trivial handler."""
-    trivial_code = assemble(RUN_OF_TRAPS.source)
-    traps = 10 * RUN_OF_TRAPS.count
+    trivial_run = RUN_OF_TRAPS.scaled(effort)
     for name in OPERATIONS:
-        yield _operation(name, trivial_code, traps)
+        if effort.wants("operations", name):
+            yield _operation(name, trivial_run, effort)
 
 
-def _operation(name: str, trivial_code: bytes, traps: int) -> Figure:
-    loop = Loop(name, "\n".join([name] * 10), RUN_OF_TRAPS.count)
-    code = assemble(loop.source)
+def _operation(name: str, trivial_run: Loop, effort: Effort) -> Figure:
+    loop = Loop(name, "\n".join([name] * 10), trivial_run.count)
+    code, trivial_code = assemble(loop.source), assemble(trivial_run.source)
+    traps = 10 * loop.count
     return compare(
         "operations", name, "ns/trap", 1e9 / traps,
         lambda: seconds(code, "integer", "avx2"), lambda: seconds(trivial_code, TRIVIAL),
-        "trivial handler",
+        "trivial handler", effort.rounds,
     )  # fmt: skip
 
 
-def startup() -> Iterator[Figure]:
+def startup(effort: Effort) -> Iterator[Result]:
     """``sandbox run`` on a guest that halts at once, against an empty Python process."""
+    if not effort.wants("startup", "trivial guest"):
+        return
     with tempfile.TemporaryDirectory() as folder:
         guest = Path(folder, "halt.bin")
         guest.write_bytes(b"\xf4")
@@ -106,6 +113,7 @@ def startup() -> Iterator[Figure]:
         yield compare(
             "startup", "trivial guest", "ms", 1e3,
             lambda: _process(ours), lambda: _process([sys.executable, "-c", "pass"]), "python",
+            effort.rounds,
         )  # fmt: skip
 
 
@@ -115,9 +123,10 @@ def _process(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-SUITES: dict[str, Callable[[], Iterator[Figure]]] = {
+SUITES: dict[str, Callable[[Effort], Iterator[Result]]] = {
     "fastpath": fastpath,
     "fallback": fallback,
     "operations": operations,
     "startup": startup,
+    "programs": programs,
 }

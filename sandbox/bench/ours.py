@@ -1,0 +1,24 @@
+"""A static Linux program in the sandbox, as ``sandbox run`` runs it by default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sandbox import abi
+from sandbox.bench.outcome import Outcome
+from sandbox.process import boot_process, process_status
+from sandbox.run import DEFAULT_PACKS
+from sandbox.vm import DEFAULT_POLICY, Vm
+
+
+def run(program: str, argv: Sequence[str], env: Mapping[str, str]) -> Outcome:
+    """Run ``program`` under the default policy with the default handlers."""
+    with Vm(DEFAULT_POLICY, (*DEFAULT_PACKS, "linux")) as vm:
+        vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
+        machine = boot_process(vm, program, argv, env)
+        left = machine.vcpu.run()
+        ended = process_status(left)
+        traps = machine.vcpu.stats.fallback_count
+    if ended is None:
+        return Outcome(refused=str(left), traps=traps)
+    return Outcome(status=ended[0], refused=ended[1], traps=traps)
