@@ -52,7 +52,30 @@ def saturate_into(wide: Lanes, out: Lanes) -> Step:
     return step
 
 
-def _saturating(ufunc: Callable[..., Any]) -> Plan:
+def _add_unsigned(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """No more is added than there is room for: a + min(b, ~a)."""
+    room = np.empty_like(a)
+
+    def step() -> None:
+        np.invert(a, room)
+        np.fmin(room, b, room)
+        np.add(a, room, out)
+
+    return step
+
+
+def _subtract_unsigned(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
+    """No more is subtracted than there is: a - min(a, b)."""
+    taken = np.empty_like(a)
+
+    def step() -> None:
+        np.fmin(a, b, taken)
+        np.subtract(a, taken, out)
+
+    return step
+
+
+def _signed_saturating(ufunc: Callable[..., Any]) -> Plan:
     def plan(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
         wide_a, wide_b = np.empty((2, len(a)), f"i{2 * a.itemsize}")
         store = saturate_into(wide_a, out)
@@ -69,9 +92,13 @@ def _saturating(ufunc: Callable[..., Any]) -> Plan:
 
 
 SATURATING = [
-    planned(f"{name}{sign}{x}", f"{kind}{n},{kind}{n}->{kind}{n}", _saturating(ufunc))
-    for name, ufunc in (("padd", np.add), ("psub", np.subtract))
-    for sign, kind in (("s", "i"), ("us", "u"))
+    planned(f"{name}{x}", f"{kind}{n},{kind}{n}->{kind}{n}", plan)
+    for name, kind, plan in (
+        ("padds", "i", _signed_saturating(np.add)),
+        ("psubs", "i", _signed_saturating(np.subtract)),
+        ("paddus", "u", _add_unsigned),
+        ("psubus", "u", _subtract_unsigned),
+    )
     for x, n in _wide(2)
 ]
 
@@ -97,18 +124,17 @@ MULTIPLY_HIGH = [
 
 @operation("pmulhrsw", "i2,i2->i2")
 def multiply_round_scale(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
-    """(a * b >> 14) + 1 >> 1: its low 16 bits, so -1 * -1 gives -1."""
+    """(a * b >> 14) + 1 >> 1, as a sum and a shift: its low 16 bits, so -1 * -1 gives -1."""
     wide_a, wide_b = np.empty((2, len(a)), "i4")
     low = wide_a.view("i2")[::2]
-    fourteen, one = np.array(14, "i4"), np.array(1, "i4")
+    half, fifteen = np.array(1 << 14, "i4"), np.array(15, "i4")
 
     def step() -> None:
         wide_a[...] = a
         wide_b[...] = b
         np.multiply(wide_a, wide_b, wide_a)
-        np.right_shift(wide_a, fourteen, wide_a)
-        np.add(wide_a, one, wide_a)
-        np.right_shift(wide_a, one, wide_a)
+        np.add(wide_a, half, wide_a)
+        np.right_shift(wide_a, fifteen, wide_a)
         out[...] = low
 
     return step
@@ -183,21 +209,17 @@ AVERAGE = [planned(f"pavg{x}", f"u{n},u{n}->u{n}", _average) for x, n in _wide(2
 
 @operation("psadbw", "u1,u1->u8", Extent.WHOLE)
 def sum_of_differences(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
-    """Sums of eight absolute differences, added in pairs."""
+    """Sums of eight absolute differences: their products with ones."""
     larger, smaller, wide = np.empty_like(a), np.empty_like(a), np.empty(len(a), "u2")
-    pairs, fours, eights = (np.empty(len(a) // n, "u2") for n in (2, 4, 8))
-    even, odd, even_pairs, odd_pairs = wide[::2], wide[1::2], pairs[::2], pairs[1::2]
-    even_fours, odd_fours = fours[::2], fours[1::2]
+    eights, sums, ones = wide.reshape(-1, 8), np.empty(len(a) // 8, "u2"), np.ones(8, "u2")
 
     def step() -> None:
         np.fmax(a, b, larger)
         np.fmin(a, b, smaller)
         np.subtract(larger, smaller, larger)
         wide[...] = larger
-        np.add(even, odd, pairs)
-        np.add(even_pairs, odd_pairs, fours)
-        np.add(even_fours, odd_fours, eights)
-        out[...] = eights
+        np.vecdot(eights, ones, sums)
+        out[...] = sums
 
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 from handlers.operands import Form, Step
@@ -51,38 +52,47 @@ _NO_MIX = (1, 0, 0, 0)
 """First column of the matrix that multiplies each column of the state (FIPS 197, 5.1.3)."""
 
 
-@lru_cache(maxsize=8)
-def _tables(box: bytes, column: tuple[int, ...]) -> list[list[int]]:
-    """What each byte of a column adds to the mixed column, for each of its four rows."""
-    tables = []
-    for row in range(4):
-        rotated = [column[(i - row) % 4] for i in range(4)]
-        tables.append(
-            [sum(_times(box[x], c) << 8 * i for i, c in enumerate(rotated)) for x in range(256)]
-        )
-    return tables
+_PADDING = bytes(256)
 
 
-def _mixed(state: bytes, tables: list[list[int]], order: list[int]) -> int:
-    t0, t1, t2, t3 = tables
-    s = [state[i] for i in order]
-    return (
-        (t0[s[0]] ^ t1[s[1]] ^ t2[s[2]] ^ t3[s[3]])
-        | (t0[s[4]] ^ t1[s[5]] ^ t2[s[6]] ^ t3[s[7]]) << 32
-        | (t0[s[8]] ^ t1[s[9]] ^ t2[s[10]] ^ t3[s[11]]) << 64
-        | (t0[s[12]] ^ t1[s[13]] ^ t2[s[14]] ^ t3[s[15]]) << 96
-    )
+@lru_cache(maxsize=16)
+def _products(box: bytes, coefficient: int) -> bytes:
+    return bytes(_times(value, coefficient) for value in box)
+
+
+def _bind_mixing(
+    box: bytes, column: tuple[int, ...], order: list[int], size: int
+) -> Callable[[memoryview], int]:
+    """A function from ``size`` bytes of state to the state substituted, shifted and mixed.
+
+    ``bytes.translate`` does the two steps of each term for all bytes at once: it moves the bytes
+    that a coefficient of the matrix meets into place, the state being the table, and then gives the
+    products with that coefficient.
+    """
+    terms = []
+    for k, coefficient in enumerate(column):
+        if coefficient:
+            products = _products(box, coefficient)
+            moved = [order[i - i % 4 + (i - k) % 4] for i in range(16)]
+            terms.append((bytes(at + i for at in range(0, size, 16) for i in moved), products))
+    padding = _PADDING[size:]
+
+    def mixed(state: memoryview) -> int:
+        table, total = bytes(state) + padding, 0
+        for places, products in terms:
+            total ^= int.from_bytes(places.translate(table).translate(products), "little")
+        return total
+
+    return mixed
 
 
 def _round(box: bytes, column: tuple[int, ...], order: list[int]) -> Plan:
     def plan(form: Form, state: memoryview, key: memoryview, out: memoryview) -> Step:
-        tables = _tables(box, column)
-        blocks = [slice(i, i + 16) for i in range(0, len(out), 16)]
+        size = len(out)
+        mixed = _bind_mixing(box, column, order, size)
 
         def step() -> None:
-            for block in blocks:
-                mixed = _mixed(bytes(state[block]), tables, order)
-                out[block] = (mixed ^ int.from_bytes(key[block], "little")).to_bytes(16, "little")
+            out[:] = (mixed(state) ^ int.from_bytes(key, "little")).to_bytes(size, "little")
 
         return step
 
@@ -102,10 +112,10 @@ ROUNDS = [
 
 @operation("aesimc", "b->b", Extent.WHOLE)
 def inverse_mix_columns(form: Form, state: memoryview, out: memoryview) -> Step:
-    tables = _tables(_IDENTITY, _INVERSE_MIX)
+    mixed = _bind_mixing(_IDENTITY, _INVERSE_MIX, _IN_PLACE, 16)
 
     def step() -> None:
-        out[:] = _mixed(bytes(state), tables, _IN_PLACE).to_bytes(16, "little")
+        out[:] = mixed(state).to_bytes(16, "little")
 
     return step
 

@@ -5,9 +5,6 @@ SDM Vol. 2: VPDPB*, VPDPW*, VPMADD52*.
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import pairwise
-
 import numpy as np
 
 from handlers.arithmetic import saturate_into
@@ -23,28 +20,22 @@ def _accumulate(*, saturate: bool) -> Plan:
 
     def plan(form: Form, total: Lanes, a: Lanes, b: Lanes, out: Lanes) -> Step:
         wide_a, wide_b = np.empty((2, len(a)), "i8" if saturate else out.dtype)
-        accumulator = np.empty(len(out), wide_a.dtype)
-        sums = [wide_a]
-        while len(sums[-1]) > len(out):
-            sums.append(np.empty(len(sums[-1]) // 2, wide_a.dtype))
-        adds = [partial(np.add, n[::2], n[1::2], m) for n, m in pairwise(sums)]
+        sums, accumulator = np.empty((2, len(out)), wide_a.dtype)
+        rows_a, rows_b = (wide.reshape(len(out), -1) for wide in (wide_a, wide_b))
         store = saturate_into(accumulator, out)
 
-        def multiply() -> None:
+        def step() -> None:
             wide_a[...] = a
             wide_b[...] = b
-            np.multiply(wide_a, wide_b, wide_a)
-            for add in adds:
-                add()
-
-        def step() -> None:
-            multiply()
-            np.add(sums[-1], total, out)
+            np.vecdot(rows_a, rows_b, sums)
+            np.add(sums, total, out)
 
         def step_saturating() -> None:
-            multiply()
+            wide_a[...] = a
+            wide_b[...] = b
             accumulator[...] = total
-            np.add(sums[-1], accumulator, accumulator)
+            np.vecdot(rows_a, rows_b, sums)
+            np.add(sums, accumulator, accumulator)
             store()
 
         return step_saturating if saturate else step

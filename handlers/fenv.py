@@ -130,15 +130,17 @@ def bracket(*stages: Step) -> Callable[[int], int] | None:
     if len(stages) != 1:
         return run_all
     (compute,) = stages
+    usual = _host.host_mode[1] & CONTROL
 
     def run(mxcsr: int) -> int:
-        words[7] = mxcsr & CONTROL | MASKS
+        words[7] = control = mxcsr & CONTROL | MASKS
         try:
             enter(env_at)
             inside(compute)
         finally:
             look(mode_at)
-            leave(host_at)
+            if control != usual:  # else there is nothing to restore: flags are nobody's
+                leave(host_at)
         return status[1] & FLAGS
 
     return run

@@ -8,24 +8,79 @@ as zeros, results below the smallest normal are zeros, no flag is raised and MXC
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
 
 from handlers import float_forms
 from handlers.fenv import bits_of, quietly
+from handlers.float_forms import items
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import F32
-from handlers.vector import planned
 
 _DROPPED = F32.precision - 12
-_HALF, _KEPT = np.uint32(1 << (_DROPPED - 1)), np.uint32(~((1 << _DROPPED) - 1) & 0xFFFFFFFF)
-_SIGN, _MAGNITUDE = np.uint32(F32.sign), np.uint32(F32.magnitude)
+_HALF_INT, _KEPT_INT = 1 << (_DROPPED - 1), -1 << _DROPPED & 0xFFFF_FFFF
+_HALF, _KEPT, _SIGN, _MAGNITUDE = (
+    np.array(bits, "u4") for bits in (_HALF_INT, _KEPT_INT, F32.sign, F32.magnitude)
+)
 
 
 def _approximate(form: Form, a: Lanes, out: Lanes) -> Step:
     square_root = "rsqrt" in form.insn.mnemonic
-    return quietly(partial(_compute, bits_of(a), bits_of(out), square_root))
+    careful = quietly(partial(_compute, bits_of(a), bits_of(out), square_root))
+    lowest, span = _plain_range(square_root)
+    wide, one, bits = np.empty(len(a)), np.array(1.0), bits_of(out)
+    distance, within = np.empty(len(a), "u4"), bytearray(len(a))
+    is_plain, all_plain = np.frombuffer(within, np.bool_), b"\1" * len(a)
+    source = bits_of(a)
+
+    def step() -> None:
+        if square_root:
+            np.subtract(source, lowest, distance)  # wraps round for what lies below
+        else:
+            np.bitwise_and(source, _MAGNITUDE, distance)
+            np.subtract(distance, lowest, distance)
+        np.less(distance, span, is_plain)
+        if within != all_plain:
+            careful()
+            return
+        wide[...] = a
+        if square_root:
+            np.sqrt(wide, wide)
+        np.divide(one, wide, wide)
+        out[...] = wide
+        np.add(bits, _HALF, bits)
+        np.bitwise_and(bits, _KEPT, bits)
+
+    return step
+
+
+def _approximate_one(form: Form, a: Lanes, out: Lanes) -> Step:
+    """One lane, by Python's floats where it needs no special care."""
+    square_root = "rsqrt" in form.insn.mnemonic
+    careful = quietly(partial(_compute, bits_of(a), bits_of(out), square_root))
+    low, high = 2.0**-126, 2.0**128 if square_root else 2.0**126
+    source, target, bits = items(a), items(out), items(bits_of(out))
+
+    def step() -> None:
+        x = source[0]
+        if not low <= (x if square_root else abs(x)) < high:
+            careful()
+            return
+        target[0] = 1.0 / math.sqrt(x) if square_root else 1.0 / x
+        bits[0] = bits[0] + _HALF_INT & _KEPT_INT
+
+    return step
+
+
+def _plain_range(square_root: bool) -> tuple[Lanes, Lanes]:
+    """The bits of the least number that needs no special care, and how many there are.
+
+    These are normal, with a normal result; for a square root positive.
+    """
+    end = F32.infinity if square_root else 253 << F32.precision - 1  # 1 / 2**126 is the last
+    return np.array(F32.min_normal, "u4"), np.array(end - F32.min_normal, "u4")
 
 
 def _compute(a: Lanes, out: Lanes, square_root: bool) -> None:
@@ -43,7 +98,11 @@ def _compute(a: Lanes, out: Lanes, square_root: bool) -> None:
 
 
 APPROXIMATE = [
-    planned(f"{name}{suffix}", f"{lane}->{lane}", _approximate, extent, staged=True)
+    operation
     for name in ("rcp", "rsqrt")
-    for suffix, lane, extent in (float_forms.PACKED[0], float_forms.SCALAR[0])
+    for plan, suffixes in (
+        (_approximate, float_forms.PACKED[:1]),
+        (_approximate_one, float_forms.SCALAR[:1]),
+    )
+    for operation in float_forms.family(name, 1, plan, suffixes, staged=True)
 ]

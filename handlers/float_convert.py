@@ -24,7 +24,7 @@ from handlers.fenv import (
     each_lane,
     quietly,
 )
-from handlers.float_forms import FORMATS, items, normal_range
+from handlers.float_forms import FORMATS, SHORT_WAY, SHORT_WAY_BITS, items, normal_range
 from handlers.operands import Form, Lanes, Step
 from handlers.softfloat import DAZ, DE, F16, F32, FTZ, IE, MASKS, PE, RNE, RZERO, Format, Result
 from handlers.vector import Extent, lanewise, planned
@@ -79,18 +79,25 @@ def _integers_to_single(form: Form, a: Lanes, out: Lanes) -> Step:
 
 
 def _integer_to_float(form: Form, a: Lanes, out: Lanes) -> Step:
-    """CVTSI2SS/SD: an integer that fits the precision needs no rounding."""
+    """CVTSI2SS/SD: an integer that fits the precision needs no rounding.
+
+    Others take the short way if they can; to single only from integers that are doubles.
+    """
     f = FORMATS[out.itemsize]
     careful = bind_exact(form.cpu, each_lane(_from_integers(a), f, a), out)
-    limit = 1 << f.precision
-    source, target = items(a), items(out)
+    limit, short_limit = 1 << f.precision, 1 << (53 if f is F32 else 64)
+    source, target, read = items(a), items(out), bind_mxcsr(form.cpu)
 
     def step() -> None:
         value = source[0]
         if -limit <= value <= limit:
             target[0] = value
+            return
+        mxcsr = read()
+        if mxcsr & SHORT_WAY_BITS == SHORT_WAY and -short_limit <= value <= short_limit:
+            target[0] = value
         else:
-            careful(form.cpu.mxcsr)
+            careful(mxcsr)
 
     return step
 

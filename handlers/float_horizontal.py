@@ -42,12 +42,15 @@ def _neighbours(ufunc: Callable[..., Any], reference: Reference) -> Plan:
     """HADD, HSUB: in each block the pairs of the first source, then those of the second."""
 
     def plan(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
-        f, rows = FORMATS[a.itemsize], _blocks(out)
-        half = rows.shape[1] // 2
-        stages = [
-            partial(ufunc, _blocks(source)[:, 0::2], _blocks(source)[:, 1::2], part)
-            for source, part in ((a, rows[:, :half]), (b, rows[:, half:]))
-        ]
+        f, (blocks_a, blocks_b) = FORMATS[a.itemsize], (_blocks(a), _blocks(b))
+        pool = np.empty((len(blocks_a), 2, blocks_a.shape[1]), a.dtype)
+        from_a, from_b, pairs_of = pool[:, 0], pool[:, 1], pool.reshape(-1)
+        combine = partial(ufunc, pairs_of[0::2], pairs_of[1::2], out)
+
+        def stage() -> None:
+            from_a[...] = blocks_a
+            from_b[...] = blocks_b
+            combine()
 
         def exact(mxcsr: int) -> tuple[list[int], int]:
             both = zip(_blocks(bits_of(a)).tolist(), _blocks(bits_of(b)).tolist(), strict=True)
@@ -55,7 +58,7 @@ def _neighbours(ufunc: Callable[..., Any], reference: Reference) -> Plan:
             pairs = zip(lanes[0::2], lanes[1::2], strict=True)
             return collect((reference(f, x, y, mxcsr) for x, y in pairs), mxcsr)
 
-        return bind_float(form.cpu, stages, exact, out)
+        return bind_float(form.cpu, [stage], exact, out)
 
     return plan
 

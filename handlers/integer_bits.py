@@ -6,6 +6,7 @@ Flags that the SDM leaves undefined stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from iced_x86 import OpKind
@@ -68,25 +69,31 @@ def blsmsk(bits: int, a: int) -> tuple[int, int]:
     return result, of_result(bits, result) & SF | (0 if a else CF)
 
 
+@lru_cache(maxsize=4096)
+def _fields(mask: int) -> list[tuple[int, int]]:
+    """The runs of ones in ``mask``: each moved down next to the one below, and how far it was."""
+    fields, packed = [], 0
+    while mask:
+        start = (mask & -mask).bit_length() - 1
+        above = mask + (1 << start)
+        length = (above & -above).bit_length() - 1 - start
+        fields.append(((1 << length) - 1 << packed, start - packed))
+        packed += length
+        mask &= above
+    return fields
+
+
 def pdep(_bits: int, a: int, mask: int) -> int:
     result = 0
-    while mask and a:
-        lowest = mask & -mask
-        if a & 1:
-            result |= lowest
-        a >>= 1
-        mask ^= lowest
+    for field, distance in _fields(mask):
+        result |= (a & field) << distance
     return result
 
 
 def pext(_bits: int, a: int, mask: int) -> int:
-    result, place = 0, 1
-    while mask:
-        lowest = mask & -mask
-        if a & lowest:
-            result |= place
-        place <<= 1
-        mask ^= lowest
+    result = 0
+    for field, distance in _fields(mask):
+        result |= a >> distance & field
     return result
 
 

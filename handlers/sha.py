@@ -56,8 +56,8 @@ def sha1_rounds(form: Form, state: memoryview, words: memoryview, out: memoryvie
         d, c, b, a = _unpack(state)
         e = 0
         for word in reversed(_unpack(words)):
-            total = _left(a, 5) + function(b, c, d) + e + word + constant & _MASK32
-            a, b, c, d, e = total, a, _left(b, 30), c, d
+            total = (a << 5 | a >> 27) + function(b, c, d) + e + word + constant & _MASK32
+            a, b, c, d, e = total, a, (b << 30 | b >> 2) & _MASK32, c, d
         _pack_into(out, 0, d, c, b, a)
 
     return step
@@ -99,19 +99,8 @@ def sha1_message_2(form: Form, a: memoryview, b: memoryview, out: memoryview) ->
 Mixer = Callable[[int], int]
 
 
-def _rotations(bits: int, first: int, second: int, third: int) -> Mixer:
-    """The exclusive or of three rotations to the right; bits above the word are garbage."""
-    twice = 1 << bits | 1
-
-    def mix(x: int) -> int:
-        x *= twice
-        return x >> first ^ x >> second ^ x >> third
-
-    return mix
-
-
 def _rotations_and_shift(bits: int, first: int, second: int, shift: int) -> Mixer:
-    """As :func:`_rotations`, the third of them a shift."""
+    """The exclusive or of two rotations to the right and a shift; above the word is garbage."""
     twice = 1 << bits | 1
 
     def mix(x: int) -> int:
@@ -123,24 +112,25 @@ def _rotations_and_shift(bits: int, first: int, second: int, shift: int) -> Mixe
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """``words``: four of them in memory; the functions capital and small sigma 0 and 1."""
+    """``words``: four of them in memory; the rotations to the right of capital sigma 0 and 1; the
+    functions small sigma 0 and 1."""
 
     words: Struct
     mask: int
-    big: tuple[Mixer, Mixer]
+    big: tuple[tuple[int, int, int], tuple[int, int, int]]
     small: tuple[Mixer, Mixer]
 
 
 _SHA256 = _Family(
     _WORDS32,
     _MASK32,
-    (_rotations(32, 2, 13, 22), _rotations(32, 6, 11, 25)),
+    ((2, 13, 22), (6, 11, 25)),
     (_rotations_and_shift(32, 7, 18, 3), _rotations_and_shift(32, 17, 19, 10)),
 )
 _SHA512 = _Family(
     _WORDS64,
     (1 << 64) - 1,
-    (_rotations(64, 28, 34, 39), _rotations(64, 14, 18, 41)),
+    ((28, 34, 39), (14, 18, 41)),
     (_rotations_and_shift(64, 1, 8, 7), _rotations_and_shift(64, 19, 61, 6)),
 )
 
@@ -148,7 +138,8 @@ _SHA512 = _Family(
 def _rounds(family: _Family) -> Plan:
     """Two rounds: F E B A from the lowest lane up, and H G D C; words with constants added."""
     unpack, pack_into, mask = family.words.unpack, family.words.pack_into, family.mask
-    big_0, big_1 = family.big
+    (a0, a1, a2), (e0, e1, e2) = family.big
+    twice = mask + 2  # a word times this stands twice, so that a shift rotates it
 
     def plan(form: Form, cdgh: Any, abef: Any, words: memoryview, out: memoryview) -> Step:
         two = Struct(family.words.format.replace("4", "2")).unpack_from
@@ -157,8 +148,9 @@ def _rounds(family: _Family) -> Plan:
             h, g, d, c = unpack(cdgh)
             f, e, b, a = unpack(abef)
             for word in two(words):
-                t1 = h + (big_1(e) & mask) + (e & (f ^ g) ^ g) + word
-                t2 = (big_0(a) & mask) + (a & b ^ a & c ^ b & c)
+                ee, aa = e * twice, a * twice
+                t1 = h + (ee >> e0 ^ ee >> e1 ^ ee >> e2) + (e & (f ^ g) ^ g) + word & mask
+                t2 = (aa >> a0 ^ aa >> a1 ^ aa >> a2) + (a & b | (a | b) & c)
                 a, b, c, d, e, f, g, h = t1 + t2 & mask, a, b, c, d + t1 & mask, e, f, g
             pack_into(out, 0, f, e, b, a)
 

@@ -249,8 +249,14 @@ def pshufb(form: Form, data: memoryview, index: memoryview, out: memoryview) -> 
 
 @operation("vpermd vpermps", "u4,u4->u4", Extent.WHOLE)
 def vpermd(form: Form, index: Lanes, data: Lanes, out: Lanes) -> Step:
-    low = np.array(len(data) - 1, "u4")
-    return lambda: data.take(index & low, None, out, "clip")
+    low, lanes = np.array(len(data) - 1, "i8"), np.empty(len(index), "i8")
+
+    def step() -> None:
+        lanes[...] = index
+        np.bitwise_and(lanes, low, lanes)
+        data.take(lanes, None, out, "clip")
+
+    return step
 
 
 def _select_in_block(bit: int) -> Callable[[Form, Lanes, Lanes, Lanes], Step]:
@@ -259,8 +265,18 @@ def _select_in_block(bit: int) -> Callable[[Form, Lanes, Lanes, Lanes], Step]:
     def plan(form: Form, data: Lanes, index: Lanes, out: Lanes) -> Step:
         in_block = 16 // data.itemsize
         base = np.arange(len(data)) // in_block * in_block
-        mask = np.array(in_block - 1, index.dtype)
-        return lambda: data.take((index >> bit & mask).astype("i8") + base, None, out, "clip")
+        mask, lanes = np.array(in_block - 1), np.empty(len(data), "i8")
+        fetch: Step = partial(lanes.__setitem__, Ellipsis, index)
+        if bit:
+            fetch = partial(np.right_shift, index.view("i8"), np.array(bit), lanes)
+
+        def step() -> None:
+            fetch()
+            np.bitwise_and(lanes, mask, lanes)
+            np.bitwise_or(lanes, base, lanes)
+            data.take(lanes, None, out, "clip")
+
+        return step
 
     return plan
 

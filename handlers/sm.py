@@ -27,12 +27,18 @@ def _left(x: int, count: int) -> int:
 # SM3
 
 
+_TWICE = 1 << 32 | 1
+"""A word times this stands twice, so that a shift to the right rotates it."""
+
+
 def _permute_0(x: int) -> int:
-    return x ^ _left(x, 9) ^ _left(x, 17)
+    twice = x * _TWICE
+    return (x ^ twice >> 23 ^ twice >> 15) & _MASK
 
 
 def _permute_1(x: int) -> int:
-    return x ^ _left(x, 15) ^ _left(x, 23)
+    twice = x * _TWICE
+    return (x ^ twice >> 17 ^ twice >> 9) & _MASK
 
 
 @operation("vsm3msg1", "b,b,b->b", Extent.WHOLE)
@@ -40,9 +46,17 @@ def message_1(form: Form, w7: memoryview, w13: memoryview, w0: memoryview, out: 
     """The sources start with words 7, 13 and 0 of the message; lane 3 lacks word 16."""
 
     def step() -> None:
-        *following, _ = _unpack_from(w13)
-        rows = zip(_unpack_from(w7), _unpack_from(w0), [*following, 0], strict=True)
-        _pack_into(out, 0, *[_permute_1(a ^ b ^ _left(c, 15)) for a, b, c in rows])
+        x0, x1, x2, x3 = _unpack_from(w7)
+        y0, y1, y2, y3 = _unpack_from(w0)
+        z0, z1, z2, _ = _unpack_from(w13)
+        _pack_into(
+            out,
+            0,
+            _permute_1(x0 ^ y0 ^ (z0 << 15 & _MASK | z0 >> 17)),
+            _permute_1(x1 ^ y1 ^ (z1 << 15 & _MASK | z1 >> 17)),
+            _permute_1(x2 ^ y2 ^ (z2 << 15 & _MASK | z2 >> 17)),
+            _permute_1(x3 ^ y3),
+        )
 
     return step
 
@@ -54,10 +68,14 @@ def message_2(
     """Words 16 to 19, of the result of VSM3MSG1 and of words 3 to 6 and 10 to 13."""
 
     def step() -> None:
-        rows = zip(_unpack_from(partial), _unpack_from(w3), _unpack_from(w10), strict=True)
-        words = [_left(b, 7) ^ c ^ a for a, b, c in rows]
-        words[3] ^= _permute_1(_left(words[0], 15))
-        _pack_into(out, 0, *words)
+        x0, x1, x2, x3 = _unpack_from(partial)
+        y0, y1, y2, y3 = _unpack_from(w3)
+        z0, z1, z2, z3 = _unpack_from(w10)
+        w16 = x0 ^ z0 ^ (y0 << 7 & _MASK | y0 >> 25)
+        w17 = x1 ^ z1 ^ (y1 << 7 & _MASK | y1 >> 25)
+        w18 = x2 ^ z2 ^ (y2 << 7 & _MASK | y2 >> 25)
+        w19 = x3 ^ z3 ^ (y3 << 7 & _MASK | y3 >> 25) ^ _permute_1(_left(w16, 15))
+        _pack_into(out, 0, w16, w17, w18, w19)
 
     return step
 
@@ -81,14 +99,15 @@ def rounds(
         c, d, g, h = _left(c, 9), _left(d, 9), _left(g, 19), _left(h, 19)
         w = _unpack_from(words)
         for i, k in enumerate(constants):
-            turned = _left(a, 12)
-            ss1 = _left(turned + e + k & _MASK, 7)
-            ff = a ^ b ^ c if early else a & b | a & c | b & c
-            gg = e ^ f ^ g if early else e & f | ~e & g
+            turned = (a << 12 | a >> 20) & _MASK
+            ss1 = turned + e + k & _MASK
+            ss1 = (ss1 << 7 | ss1 >> 25) & _MASK
+            ff = a ^ b ^ c if early else a & b | (a | b) & c
+            gg = e ^ f ^ g if early else e & (f ^ g) ^ g
             tt1 = ff + d + (ss1 ^ turned) + (w[i] ^ w[i + 2]) & _MASK
             tt2 = gg + h + ss1 + w[i] & _MASK
-            a, b, c, d = tt1, a, _left(b, 9), c
-            e, f, g, h = _permute_0(tt2), e, _left(f, 19), g
+            a, b, c, d = tt1, a, (b << 9 | b >> 23) & _MASK, c
+            e, f, g, h = _permute_0(tt2), e, (f << 19 | f >> 13) & _MASK, g
         _pack_into(out, 0, f, e, b, a)
 
     return step
@@ -137,10 +156,6 @@ def _four_rounds(rotations: tuple[int, ...]) -> Plan:
     """``x4 = x0 ^ L(S(x1 ^ x2 ^ x3 ^ key))``."""
     t0, t1, t2, t3 = _tables(rotations)
 
-    def one(x: int, mixed: int) -> int:
-        high = mixed >> 16
-        return x ^ t0[mixed & 0xFF] ^ t1[mixed >> 8 & 0xFF] ^ t2[high & 0xFF] ^ t3[high >> 8]
-
     def plan(form: Form, state: memoryview, keys: memoryview, out: memoryview) -> Step:
         blocks = range(0, len(out), 16)
 
@@ -148,10 +163,14 @@ def _four_rounds(rotations: tuple[int, ...]) -> Plan:
             for at in blocks:
                 a, b, c, d = _unpack_from(state, at)
                 k0, k1, k2, k3 = _unpack_from(keys, at)
-                a = one(a, b ^ c ^ d ^ k0)
-                b = one(b, c ^ d ^ a ^ k1)
-                c = one(c, d ^ a ^ b ^ k2)
-                d = one(d, a ^ b ^ c ^ k3)
+                x = b ^ c ^ d ^ k0
+                a ^= t0[x & 255] ^ t1[x >> 8 & 255] ^ t2[x >> 16 & 255] ^ t3[x >> 24]
+                x = c ^ d ^ a ^ k1
+                b ^= t0[x & 255] ^ t1[x >> 8 & 255] ^ t2[x >> 16 & 255] ^ t3[x >> 24]
+                x = d ^ a ^ b ^ k2
+                c ^= t0[x & 255] ^ t1[x >> 8 & 255] ^ t2[x >> 16 & 255] ^ t3[x >> 24]
+                x = a ^ b ^ c ^ k3
+                d ^= t0[x & 255] ^ t1[x >> 8 & 255] ^ t2[x >> 16 & 255] ^ t3[x >> 24]
                 _pack_into(out, at, a, b, c, d)
 
         return step
