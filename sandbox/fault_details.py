@@ -8,14 +8,26 @@ non-canonical address, also where the stack segment is used, which is #SS (SDM V
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
-from iced_x86 import InstructionInfoFactory, OpAccess, Register
+from iced_x86 import (
+    CodeSize,
+    InstructionInfoFactory,
+    MemorySizeInfo,
+    OpAccess,
+    Register,
+    RegisterInfo,
+)
 
-from sandbox.cpu import GP, PF_, SS_, Cpu, Fault, bind_address, is_canonical
+from sandbox.cpu import GP, PF_, SS_, Cpu, Fault, is_canonical
 from sandbox.decode import Insn
-from sandbox.registers import RSP
+from sandbox.registers import FS, GS
 
 _WRITE, _FETCH = 2, 16
+_MASK64 = (1 << 64) - 1
+_MOVED = {Register.FS: FS, Register.GS: GS}
+"""Segments that have a base in 64-bit mode."""
+_WRITES = (OpAccess.WRITE, OpAccess.COND_WRITE)
 _READ_WRITE = (OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 
 
@@ -36,15 +48,31 @@ def _is_read_modify_write(insn: Insn) -> bool:
 
 
 def _stack_is_beyond(cpu: Cpu, insn: Insn) -> bool:
-    """Whether the instruction uses the stack segment at a non-canonical address."""
-    if insn.iced.memory_segment == Register.SS and insn.iced.memory_base:
-        try:
-            bind_address(cpu, insn)()
-        except Fault:
-            return True
-    if not insn.iced.is_stack_instruction:
-        return False
-    top = cpu.gpr[RSP]
-    change = insn.iced.stack_pointer_increment
-    lowest = (top + min(change, 0)) & 0xFFFF_FFFF_FFFF_FFFF
-    return not is_canonical(lowest)
+    """Whether the first non-canonical access, reads before writes, is in the stack segment."""
+    for used in _accesses(insn):
+        address = _linear_address(cpu, insn, used)
+        last = address + max(MemorySizeInfo(used.memory_size).size, 1) - 1
+        if not (is_canonical(address) and is_canonical(last & _MASK64)):
+            segment: int = used.segment
+            return segment == Register.SS
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _accesses(insn: Insn) -> list[Any]:
+    used = InstructionInfoFactory().info(insn.iced).used_memory()
+    return sorted((u for u in used if not u.vsib_size), key=lambda u: u.access in _WRITES)
+
+
+def _linear_address(cpu: Cpu, insn: Insn, used: Any) -> int:
+    address: int = used.displacement
+    if used.base == Register.NONE and insn.iced.is_ip_rel_memory_operand:
+        address += cpu.rip
+    for register, scale in ((used.base, 1), (used.index, used.scale)):
+        if register != Register.NONE:
+            info = RegisterInfo(register)
+            address += (cpu.gpr[info.number] & (1 << 8 * info.size) - 1) * scale
+    address &= (1 << 32) - 1 if used.address_size == CodeSize.CODE32 else _MASK64
+    if used.segment in _MOVED:
+        address += cpu.registers.bank.segment_base(_MOVED[used.segment])
+    return address & _MASK64

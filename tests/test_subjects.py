@@ -11,7 +11,7 @@ from sandbox.decode import decode
 from sandbox.gaps import reconcile
 from sandbox.golden import make_record, read_record, reduced
 from sandbox.native import DATA, END, NativeCpu, State
-from sandbox.registers import RSI, RSP
+from sandbox.registers import RBP, RSI, RSP
 from sandbox.subjects import FastPath, HandlerTier, Stage
 from tests.differential import native_reason
 
@@ -66,18 +66,30 @@ def test_a_read_modify_write_that_faults_is_a_write(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "vector"),
-    [("50", SS_), ("58", SS_), ("8b0424", SS_), ("8b06", GP), ("ff36", GP)],
-    ids=["push", "pop", "mov eax,[rsp]", "mov eax,[rsi]", "push [rsi]"],
+    ("code", "top", "vector"),
+    [
+        pytest.param("50", 1 << 62, SS_, id="push"),
+        pytest.param("58", 1 << 62, SS_, id="pop"),
+        pytest.param("c9", DATA + 0x800, SS_, id="leave"),
+        pytest.param("8b0424", 1 << 62, SS_, id="mov eax,[rsp]"),
+        pytest.param("8b06", 1 << 62, GP, id="mov eax,[rsi]"),
+        pytest.param("ff36", DATA + 0x800, GP, id="push [rsi]"),
+        pytest.param("ff36", 1 << 62, GP, id="push [rsi], both beyond: reads first"),
+        pytest.param("8f06", 1 << 62, SS_, id="pop [rsi], both beyond"),
+    ],
 )
 def test_beyond_canonical_addresses_the_stack_has_its_own_fault(
-    stage: Stage, code: str, vector: int
+    stage: Stage, code: str, top: int, vector: int
 ) -> None:
     state = State()
-    state.gpr[RSI] = 1 << 62
-    state.gpr[RSP] = DATA + 0x800 if code == "ff36" else 1 << 62
-    fault = FastPath(stage).run(decode(bytes.fromhex(code), 64), state).fault
+    state.gpr[RSI] = state.gpr[RBP] = 1 << 62
+    state.gpr[RSP] = top
+    insn = decode(bytes.fromhex(code), 64)
+    fault = FastPath(stage).run(insn, state).fault
     assert fault is not None and (fault.vector, fault.error_code) == (vector, 0)
+    if native_reason() is None:
+        trap = NativeCpu.shared().run(insn.raw, state).fault
+        assert trap is not None and trap.vector == vector
 
 
 @native
