@@ -18,7 +18,7 @@ from sandbox.cpu import BP, DB, GP, OF_, Cpu, Fault
 from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, Insn
 from sandbox.exits import GuestException, Hlt, Io
 from sandbox.handler import Action, Exit, Resume
-from sandbox.memory import DeviceRange
+from sandbox.memory import PAGE_SIZE, DeviceRange
 from sandbox.registers import DF, ES, OF, RAX, RCX, RDI, RDX, RSI
 
 MNEMONICS = frozenset(
@@ -142,13 +142,14 @@ class Intercepts:
         if bits & ((1 << size) - 1):
             raise Fault(GP, 0)
 
-    def _read_port(self, port: int, size: int) -> bytes | Exit:
+    def _read_port(self, port: int, size: int, count: int = 1) -> bytes | Exit:
+        """One item of a device, or ``count`` of the caller."""
         found = self._ports.find(port)
         if found is not None:
             value = found.device.read(port - found.base, size)
             return (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
         if self.io_reply is None:
-            return Exit(Io(KVM_EXIT_IO_IN, port, size))
+            return Exit(Io(KVM_EXIT_IO_IN, port, size, count))
         reply, self.io_reply = self.io_reply, None
         return reply
 
@@ -199,7 +200,8 @@ class Intercepts:
         return lambda insn: self._string(insn, size, inward)
 
     def _string(self, insn: Insn, size: int, inward: bool) -> Action:
-        """INS and OUTS: one item an exit; RIP moves on only after the last."""
+        """INS and OUTS as KVM's emulator has them: REP INS asks for several items at once, OUTS is
+        an exit per item, and RIP stays at a repeated one until it is entered with RCX at 0."""
         cpu, gpr, iced = self._cpu, self._cpu.gpr, insn.iced
         index = RDI if inward else RSI
         width = _address_bits(insn)
@@ -214,8 +216,17 @@ class Intercepts:
             if repeated:
                 _set(gpr, RCX, (gpr[RCX] - 1) & mask, width)
 
+        def read_ahead() -> int:
+            """How many items to ask for (``emulator_pio_in_emulated``, ``pio_in_emulated``)."""
+            if not repeated:
+                return 1
+            offset = gpr[RDI] % PAGE_SIZE
+            room = offset if cpu.rflags & DF else PAGE_SIZE - offset
+            return max(1, min(room, _READ_AHEAD // size, gpr[RCX] & mask))
+
         def run() -> Exit | Resume | None:
             port = gpr[RDX] & 0xFFFF
+            items = b""
             while not repeated or gpr[RCX] & mask:
                 self._check_port(port, size)
                 at = gpr[index] & mask
@@ -223,16 +234,19 @@ class Intercepts:
                     at += base(segment)
                 if inward:
                     cpu.check_write(at, size)
-                    data = self._read_port(port, size)
-                    if isinstance(data, Exit):
-                        return data
-                    cpu.write(at, data)
+                    if not items:
+                        data = self._read_port(port, size, read_ahead())
+                        if isinstance(data, Exit):
+                            return data
+                        items = data
+                    cpu.write(at, items[:size])
+                    items = items[size:]
                     advance()
                 else:
                     left = self._write_port(port, cpu.read(at, size))
                     advance()
                     if left is not None:
-                        if not repeated or not gpr[RCX] & mask:
+                        if not repeated:
                             cpu.registers.rip += insn.length
                         return left
                 if not repeated:
@@ -242,6 +256,8 @@ class Intercepts:
         return run
 
 
+_READ_AHEAD = 1024
+"""Bytes of KVM's buffer for string input."""
 _SIZES = {"AL": 1, "AX": 2, "EAX": 4}
 _SEGMENT_OF = {71 + n: n for n in range(6)}
 

@@ -379,7 +379,7 @@ class Vcpu:
     def _io_answer(self, left: Io) -> Any:
         left.complete(self.page)
         offset = self.page.run.io.data_offset
-        self._sites.intercepts.io_reply = bytes(self.page.bytes[offset : offset + left.size])
+        self._sites.intercepts.io_reply = bytes(self.page.bytes[offset : offset + left.size * left.count])
         return self._trapped()
 
     # -- MMIO ---------------------------------------------------------------------------------
