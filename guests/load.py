@@ -18,6 +18,14 @@ MAX_FILE = 512 << 20
 """Largest image file that is read, in bytes."""
 MAX_MEMORY = 4 << 30
 """Most memory that the segments of a program may span, in bytes."""
+MULTIBOOT_SEARCHED = 8192
+"""A multiboot header lies in so many bytes of a file."""
+MULTIBOOT_HEADER = struct.Struct("<3I")
+"""Its first words: magic, flags, checksum."""
+_MULTIBOOT_MAGIC = (0x1BAD_B002).to_bytes(4, "little")
+MULTIBOOT_HAS_ADDRESSES = 1 << 16
+"""Flag: the header says where the image goes."""
+_ELF_64 = b"\x7fELF\x02"
 USER_END = 1 << 47
 """End of the user half of the address space with 4-level paging (SDM Vol. 3A, 4.5)."""
 
@@ -28,6 +36,7 @@ class Kind(StrEnum):
     ASM = "asm"
     RAW = "raw"
     ELF = "elf"
+    MULTIBOOT = "multiboot"
 
 
 _KIND_BY_SUFFIX = {".asm": Kind.ASM, ".s": Kind.ASM, ".bin": Kind.RAW}
@@ -101,10 +110,12 @@ def detect(path: str | Path) -> Kind:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(MULTIBOOT_SEARCHED)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if start == b"\x7fELF":
+    if _is_multiboot(start):
+        return Kind.MULTIBOOT
+    if start[:4] == b"\x7fELF":
         return Kind.ELF
     try:
         return _KIND_BY_SUFFIX[path.suffix.lower()]
@@ -112,8 +123,31 @@ def detect(path: str | Path) -> Kind:
         what = "a script, not a program" if start[:2] == b"#!" else "no ELF program"
         raise GuestImageError(
             f"{path}: {what}; a guest is a static x86-64 ELF program, "
-            "an assembly file (.asm, .s) or a raw image (.bin)"
+            "an assembly file (.asm, .s), a raw image (.bin) or a multiboot kernel"
         ) from None
+
+
+def multiboot_header(start: bytes) -> int | None:
+    """Where the first 8192 bytes of a file hold a multiboot header: at a multiple of 4, with the
+    right checksum (Multiboot Specification, 3.1). None if they hold none."""
+    start = start[:MULTIBOOT_SEARCHED]
+    at = start.find(_MULTIBOOT_MAGIC)
+    while at >= 0:
+        if at % 4 == 0 and at + MULTIBOOT_HEADER.size <= len(start):
+            magic, flags, checksum = MULTIBOOT_HEADER.unpack_from(start, at)
+            if (magic + flags + checksum) % (1 << 32) == 0:
+                return at
+        at = start.find(_MULTIBOOT_MAGIC, at + 1)
+    return None
+
+
+def _is_multiboot(start: bytes) -> bool:
+    """A 64-bit ELF file is a Linux program, unless its header gives addresses."""
+    at = multiboot_header(start)
+    if at is None:
+        return False
+    flags = MULTIBOOT_HEADER.unpack_from(start, at)[1]
+    return not start.startswith(_ELF_64) or bool(flags & MULTIBOOT_HAS_ADDRESSES)
 
 
 def load_raw(path: str | Path) -> bytes:

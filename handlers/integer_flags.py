@@ -9,7 +9,7 @@ from iced_x86 import Register
 
 from handlers.flags import STATUS
 from handlers.integer import general_register
-from sandbox.cpu import GP, Fault
+from sandbox.cpu import GP, SHADOW, Fault
 from sandbox.handler import Action, Handler
 from sandbox.registers import CF, DF, IF, IOPL, OF
 
@@ -51,13 +51,15 @@ class ChangeInterruptFlag(Handler):
         self.value = value
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
-        bank, value = cpu.registers.bank, self.value
+        bank, value, services = cpu.registers.bank, self.value, cpu.services
 
         def action() -> None:
             flags = bank.read("rflags")
             if not may_change_interrupts(cpu, flags):
                 raise Fault(GP, 0)
             bank.write("rflags", flags & ~IF | value)
+            if value & ~flags & IF:
+                services[SHADOW] = cpu.rip + insn.length
 
         return action
 

@@ -15,7 +15,7 @@ from handlers.control import word_operand
 from handlers.integer import bind_register
 from handlers.integer_stack import Stack
 from handlers.tables import require_protected, system_memory
-from sandbox.cpu import GP, NP, SS_, Cpu, Fault
+from sandbox.cpu import GP, NP, SHADOW, SS_, Cpu, Fault
 from sandbox.decode import Insn
 from sandbox.descriptors import (
     EFER_LMA,
@@ -114,6 +114,7 @@ def mov_to_segment(cpu: Cpu, insn: Insn) -> None:
     """CS cannot be the target: the decoder refuses it."""
     name = SEGMENT_NAMES[insn.iced.op0_register]
     load_segment(cpu, name, word_operand(cpu, insn, 1).read() & 0xFFFF).commit()
+    _hold_interrupts(cpu, insn, name)
 
 
 @handler(
@@ -128,12 +129,20 @@ def mov_to_segment(cpu: Cpu, insn: Insn) -> None:
 )
 def pop_segment(cpu: Cpu, insn: Insn) -> None:
     stack = Stack(cpu, insn.bitness)
-    load = load_segment(cpu, SEGMENT_NAMES[insn.iced.op0_register], cpu.read_int(stack.top(), 2))
+    name = SEGMENT_NAMES[insn.iced.op0_register]
+    load = load_segment(cpu, name, cpu.read_int(stack.top(), 2))
     mask = stack.mask()  # of the stack that was, if it is SS that is loaded
     load.commit()
     pointer = cpu.gpr[RSP]
     moved = pointer + insn.iced.stack_pointer_increment
     cpu.gpr[RSP] = pointer & ~mask & 0xFFFF_FFFF_FFFF_FFFF | moved & mask
+    _hold_interrupts(cpu, insn, name)
+
+
+def _hold_interrupts(cpu: Cpu, insn: Insn, name: str) -> None:
+    """Interrupts wait behind a load of SS, so that it and that of the stack pointer are one."""
+    if name == "ss":
+        cpu.services[SHADOW] = cpu.rip + insn.length
 
 
 @handler("lds", "les", "lfs", "lgs", "lss")

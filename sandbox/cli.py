@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _RUN = (
-    "Run an assembly file (.asm, .s), a raw image (.bin) or a static x86-64 Linux program. "
+    "Run an assembly file (.asm, .s), a raw image (.bin), a static x86-64 Linux program or a "
+    "multiboot kernel. "
     "Ends with the guest's status; 124 timeout, 125 limit reached, 132 unhandled #UD, "
     "139 memory fault, 70 broken handler, 2 usage error."
 )
@@ -104,7 +105,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="an environment variable of a Linux program",
     )
     add("--seed", type=int, default=0, help="seed of a Linux program's random numbers")
-    add("--memory", type=_count, default=1024, metavar="MIB", help="RAM of a Linux program")
+    add("--memory", type=_count, metavar="MIB", help="RAM (Linux program 1024, kernel 128)")
     add("program", metavar="PROGRAM")
     add("args", nargs=argparse.REMAINDER, metavar="ARGS")
     parser.set_defaults(command=_run)
@@ -145,6 +146,7 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
     add("--forms", default="", metavar="REGEX", help="forms whose name matches")
     add("--features", nargs="+", metavar="NAME", help="forms that need no other CPUID features")
     add("--tier", choices=("fast", "handlers", "both"), default="both", help="what to compare")
+    add("--policy", metavar="NAME", help="on the fast path only what this policy allows")
     add("--cases", type=_count, default=16, metavar="N", help="states per encoding (16)")
     add("--seconds", type=_seconds, metavar="S", help="stop after this time")
     add("--seed", type=int, default=0, help="of the random states")
@@ -154,6 +156,7 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
     add("--date", default="undated", help="to be written into what is made")
     add("--data", nargs="+", metavar="FILE", help="take the data of earlier runs, added up")
     add("--json", metavar="FILE", help="write the data")
+    add("--write-evidence", metavar="FILE", help="write the figures for each form")
     add("--write-policy", metavar="FILE", help="write a policy that allows what is right")
     add("--write-known-wrong", metavar="FILE", help="write the page of what is wrong")
     parser.set_defaults(command=_conformance)

@@ -29,6 +29,11 @@ ERROR_CODE_VECTORS = frozenset({DF_, TS, NP, SS_, GP, PF_, AC_, 21})
 """Exceptions that push an error code (SDM Vol. 3, 6.13)."""
 
 
+SHADOW = "interrupt_shadow"
+"""Name of the service that holds the address of an instruction which external interrupts wait for,
+set by what comes before it: STI, MOV to SS, POP SS (SDM Vol. 3, 6.8.3)."""
+
+
 class Fault(Exception):
     """An architectural exception raised by an instruction: delivered at its own RIP.
 

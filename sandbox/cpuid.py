@@ -70,6 +70,8 @@ _ALWAYS: Final = {
 }
 _ERMS: Final = (7, 0, _EBX, 9)
 """REP MOVSB and STOSB are fast."""
+APIC = 1 << 9
+"""Bit of leaf 1 EDX: there is a local APIC."""
 OSXSAVE, OSPKE = 1 << 27, 1 << 4
 """Bits of leaf 1 ECX and leaf 7 ECX that show CR4.OSXSAVE and CR4.PKE."""
 CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
@@ -166,8 +168,8 @@ class CpuidModel:
     """CPUID for a set of features, callable as ``(leaf, subleaf) -> (eax, ebx, ecx, edx)``.
 
     The call tells what does not change; :meth:`bind` adds what follows a vCPU's state (OSXSAVE,
-    OSPKE, the size of the enabled XSAVE area). ``physical_bits`` is 36 to 52. ValueError for a
-    feature that has no CPUID bit.
+    OSPKE, the size of the enabled XSAVE area). ``physical_bits`` is 36 to 52; ``apic``:
+    the machine has a local APIC. ValueError for a feature that has no CPUID bit.
     """
 
     max_leaf, max_extended = 0x16, 0x80000008
@@ -181,6 +183,7 @@ class CpuidModel:
         signature: int = 0x506E3,
         physical_bits: int = 40,
         tsc_hz: int = 2_000_000_000,
+        apic: bool = False,
     ) -> None:
         self.features = frozenset(features)
         unknown = sorted(self.features - FEATURE_BITS.keys() - BASELINE)
@@ -196,6 +199,8 @@ class CpuidModel:
         self._describe_machine(physical_bits, tsc_hz)
         self._describe_xsave()
         self._light()
+        if apic:
+            self._leaves[1, 0][_EDX] |= APIC
 
     def __call__(self, leaf: int, subleaf: int = 0) -> Leaf:
         hypervisor = leaf >> 16 == 0x4000

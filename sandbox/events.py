@@ -70,6 +70,8 @@ class Event:
     error_code: int | None
     software: bool
     rip: int
+    external: bool = False
+    """Whether it is an interrupt, which is nobody's fault."""
 
     @property
     def ext(self) -> int:
@@ -95,19 +97,22 @@ def deliver(
     error_code: int | None = None,
     *,
     software: bool = False,
+    external: bool = False,
     next_rip: int | None = None,
     address: int | None = None,
 ) -> None:
     """Enter the guest's handler for ``vector``.
 
     ``memory`` makes supervisor accesses. ``software``: an INT n, INT3 or INTO instruction.
+    ``external``: an interrupt from a device, whose vector may be any, without an error code.
     ``next_rip`` is the return address where it is not the current RIP (traps, INT n).
     ``address`` goes to CR2. A fault during delivery becomes the event, or #DF.
     Raises :class:`TripleFault`; :class:`~sandbox.errors.EngineError` for a task gate.
     """
-    if error_code is None and vector in ERROR_CODE_VECTORS and not software:
+    if error_code is None and vector in ERROR_CODE_VECTORS and not (software or external):
         error_code = 0
-    event = Event(vector, error_code, software, cpu.rip if next_rip is None else next_rip)
+    rip = cpu.rip if next_rip is None else next_rip
+    event = Event(vector, error_code, software, rip, external)
     if vector == PF_ and address is not None:
         cpu.registers.bank.write("cr2", address)
     while True:
@@ -122,7 +127,7 @@ def deliver(
 def _combine(first: Event, second: Fault, rip: int) -> Event:
     """What is delivered when ``second`` comes up during ``first`` (SDM Vol. 3, table 6-5)."""
     serious = second.vector in CONTRIBUTORY or second.vector in PAGE_FAULTS
-    if first.software:
+    if first.software or first.external:
         pass
     elif first.vector == DF_:
         raise TripleFault(f"vector {second.vector} while delivering #DF at {rip:#x}")
@@ -146,7 +151,8 @@ def _enter(cpu: Cpu, memory: SystemMemory, event: Event) -> None:
 
 def _pushed_flags(cpu: Cpu, event: Event) -> int:
     flags = cpu.rflags
-    return flags | RF if event.vector in FAULTS and not event.software else flags
+    is_fault = event.vector in FAULTS and not (event.software or event.external)
+    return flags | RF if is_fault else flags
 
 
 # Real mode

@@ -30,6 +30,8 @@ MNEMONICS = frozenset(
     "vmcall vmmcall vmlaunch vmresume vmxoff vmxon vmrun vmload vmsave stgi clgi skinit".split()
 )
 """Mnemonics intercepted in every policy."""
+UNMASKING = frozenset("sti popf popfd popfq iret iretd iretq".split())
+"""What sets RFLAGS.IF, intercepted where there are external interrupts."""
 BOUND_MNEMONICS = frozenset(
     "hlt in out insb insw insd outsb outsw outsd int int1 int3 into".split()
 )
@@ -42,9 +44,11 @@ def _moves_control_register(code: int) -> bool:
     )
 
 
-@lru_cache(maxsize=1)
-def intercepted_forms() -> bytes:
-    """1 for each iced-x86 ``Code`` that the machine intercepts."""
+@lru_cache(maxsize=2)
+def intercepted_forms(interruptible: bool = False) -> bytes:
+    """1 for each iced-x86 ``Code`` that the machine intercepts; ``interruptible``: also what lets
+    interrupts in."""
+    names = MNEMONICS | UNMASKING if interruptible else MNEMONICS
     table = bytearray(max(FORM_NAMES) + 1)
     for code in FORM_NAMES:
         name = MNEMONIC_NAMES[OpCodeInfo(code).mnemonic]  # type: ignore[arg-type]
@@ -58,12 +62,14 @@ class Ports:
 
     def __init__(self) -> None:
         self.ranges: list[DeviceRange] = []
+        self.others: DeviceRange | None = None
+        """What answers for the ports of no device; without it they are exits."""
 
     def find(self, port: int) -> DeviceRange | None:
         for found in self.ranges:
             if found.base <= port < found.end:
                 return found
-        return None
+        return self.others
 
 
 class Intercepts:

@@ -27,6 +27,9 @@ DEFAULT_PACKS = ("integer", "avx2", "x87", "mmx")
 INSTRUCTION_PACKS = (*DEFAULT_PACKS, "amd")
 """All that emulate instructions for user programs: what is checked against hardware."""
 
+PROCESS_MEMORY = 1024
+"""MiB of RAM of a Linux program."""
+
 STATUS_TIMEOUT = 124
 STATUS_LIMIT = 125
 STATUS_INTERRUPTED = 130
@@ -70,12 +73,23 @@ def load(vm: Vm, options: Namespace, kind: Kind, cleanup: ExitStack) -> Machine:
     path = Path(options.program)
     if kind is Kind.ELF:
         return _load_process(vm, options, cleanup)
+    if kind is Kind.MULTIBOOT:
+        return _load_multiboot(vm, options)
     if options.args:
         raise GuestImageError(f"{path}: a {kind} guest takes no arguments")
     console = Console(sys.stdout.buffer)
     vm.add_ports(SERIAL_PORT, SERIAL_COUNT, console)
     vm.add_ports(DEBUG_PORT, 1, console)
     return boot_flat(vm, _image(path, kind, options), options.base, options.mode)
+
+
+def _load_multiboot(vm: Vm, options: Namespace) -> Machine:
+    from guests.multiboot import load_multiboot
+    from sandbox.multiboot import DEFAULT_RAM, boot_multiboot
+
+    line = " ".join((options.program, *options.args))
+    ram = options.memory << 20 if options.memory else DEFAULT_RAM
+    return boot_multiboot(vm, load_multiboot(options.program), sys.stdout.buffer, line, ram=ram)
 
 
 def _load_process(vm: Vm, options: Namespace, cleanup: ExitStack) -> Machine:
@@ -93,7 +107,7 @@ def _load_process(vm: Vm, options: Namespace, cleanup: ExitStack) -> Machine:
         dict(variable.split("=", 1) for variable in options.env),
         files=Files.standard(root=root) if root else None,
         seed=options.seed,
-        ram=options.memory << 20,
+        ram=(options.memory or PROCESS_MEMORY) << 20,
     )
 
 

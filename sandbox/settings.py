@@ -25,6 +25,8 @@ class Settings:
     emulator: HandlerTable = field(default_factory=HandlerTable)
     """For instructions that touch MMIO: what KVM's own emulator would do."""
     intercepted: bytes = field(default_factory=intercepted_forms)
+    interruptible: bool = False
+    """Whether the machine has interrupt controllers."""
 
     @property
     def intercepted_codes(self) -> tuple[int, ...]:

@@ -17,11 +17,13 @@ from sandbox.exits import (
     EmulationFailure,
     Exit,
     GuestException,
+    Hlt,
     Intr,
     Io,
     Mmio,
     Shutdown,
 )
+from sandbox.external import External
 from sandbox.fallback import HandlerTimeout, handler_error, timeout_error
 from sandbox.fault_details import corrected
 from sandbox.handler import Decline, Inject, Resume, Verdict
@@ -65,6 +67,11 @@ class Vcpu:
         self._answer_rip = 0
         self._pending_ud: int | None = None
         self._asked = False
+        """Somebody wants the loop to look up before the next instruction."""
+        self._end: Any = None
+        """What :meth:`run` shall return then, if anything."""
+        self.external: External | None = None
+        """The way of external interrupts, if the machine has them."""
         self._trapped = self._bind_trapped()
 
     # -- what the user calls ----------------------------------------------------------------------
@@ -89,19 +96,37 @@ class Vcpu:
             return self._deliver_exit(Intr())
         finally:
             WATCHDOG.remove(self)
-            self._asked = False
+            self._asked, self._end = False, None
             self.engine.sync()
             self.stats.by_mnemonic = self._sites.counts()
 
     def request_stop(self) -> None:
         """Make :meth:`run` (or the next) return :class:`~sandbox.exits.Intr`; from any thread."""
+        self.finish(Intr())
+        self.engine.stop()
+
+    def finish(self, left: Any) -> None:
+        """Make :meth:`run` return ``left`` before the next instruction; for devices."""
+        self._end, self._asked = left, True
+
+    @property
+    def finishing(self) -> bool:
+        """Whether :meth:`run` is about to return because it was asked to."""
+        return self._end is not None
+
+    def attend(self) -> None:
+        """Look for interrupts before the next instruction."""
+        self._asked = True
+
+    def kick(self) -> None:
+        """The same from another thread, while the engine may be running."""
         self._asked = True
         self.engine.stop()
 
     def interrupt(self) -> None:
         """Called by the watchdog: see whether the deadline has passed."""
         if self.deadline is not None and time.monotonic() >= self.deadline:
-            self._asked = True
+            self.finish(Intr())
         self.engine.stop()
 
     def instruction(self) -> Insn:
@@ -126,8 +151,9 @@ class Vcpu:
         self._trapped = self._bind_trapped()
         left = self._complete()
         if left is None and self._asked:
-            left = self._deliver_exit(Intr())
-        enter, trapped, insn = self.engine.enter, self._trapped, Stop.INSN
+            left = self._look_up()
+        enter = self.engine.enter if self.external is None else self.external.enter
+        trapped, insn = self._trapped, Stop.INSN
         clock = time.perf_counter
         slow = 0.0
         start = clock()
@@ -141,6 +167,14 @@ class Vcpu:
             self.stats.fast_seconds += clock() - start - slow
             self.stats.fallback_seconds += slow
         return left
+
+    def _look_up(self) -> Any:
+        """Somebody asked: for the end of the run, or for a look at the interrupts."""
+        self._asked = False  # first: what comes now is not lost
+        left = self._end
+        if left is not None:
+            self._asked = True
+        return self._deliver_exit(left) if isinstance(left, Exit) else left
 
     def _complete(self) -> Any:
         """Finish what the last exit left open; an exit if that leads to the next one at once."""
@@ -206,7 +240,7 @@ class Vcpu:
                 if left is not None:
                     return left
                 if self._asked:
-                    return self._deliver_exit(Intr())
+                    return self._look_up()
                 rip = rip_view[0]
                 first = rip not in sites
                 if first and (rip in not_trapped or not traps_ahead(rip)):
@@ -271,6 +305,8 @@ class Vcpu:
         left = verdict.exit
         if left is None:
             return self._failure()
+        if self._waits(left):
+            return None
         if isinstance(left, Io) and left.is_in:
             self._await(lambda: self._io_answer(left))
         return self._deliver_exit(left) if isinstance(left, Exit) else left
@@ -289,7 +325,7 @@ class Vcpu:
         """Anything but a trapped instruction."""
         if stop is Stop.ASKED:
             self.engine.tick()
-            return self._deliver_exit(Intr()) if self._asked else None
+            return self._look_up() if self._asked else None
         if stop is Stop.EXIT:
             return self._engine_exit()
         self.engine.sync()
@@ -349,11 +385,17 @@ class Vcpu:
         """An exit of the engine's own: a device answers it, or the caller."""
         left = self.engine.left
         assert left is not None
+        if self._waits(left):
+            return None
         if answer(left, self._settings.ports, self._settings.memory):
             left.complete(self.page)
-            return None
+            return self._look_up() if self._asked else None
         self._await(lambda: left.complete(self.page))
         return left
+
+    def _waits(self, left: Any) -> bool:
+        """Whether the guest halted until an interrupt comes; it does so at the next entry."""
+        return isinstance(left, Hlt) and self.external is not None and self.external.halt()
 
     def _deliver_exit(self, left: Exit) -> Exit:
         left.to_run(self.page)

@@ -13,8 +13,10 @@ from sandbox.cpuid import CpuidModel, Leaf, features
 from sandbox.engine.protocol import Engine
 from sandbox.engine.unicorn import UnicornEngine
 from sandbox.errors import EngineError, KvmError, MemoryMapError, SandboxError
+from sandbox.external import DeliveredInterrupts, External, InterruptSource
 from sandbox.fallback import HandlerTable
 from sandbox.handler import Pack
+from sandbox.intercepts import intercepted_forms
 from sandbox.memory import Device, DeviceRange, Slot
 from sandbox.packs import find_pack, load_pack
 from sandbox.policy import Policy
@@ -134,6 +136,29 @@ class Vm:
         self._settings.ports.ranges.append(found)
         return found
 
+    def float_ports(self, device: Device) -> None:
+        """Let ``device`` answer for all IO ports that have no other."""
+        self._settings.ports.others = DeviceRange(0, 1 << 16, device)
+
+    def attach_interrupts(self, source: InterruptSource) -> None:
+        """Have the vCPU take external interrupts from ``source``."""
+        if self.vcpu is None or self._engine is None:
+            raise SandboxError("this VM has no vCPU yet: call create_vcpu()")
+        self._settings.interruptible = True
+        self.vcpu.external = self._external(source, self._engine, self.vcpu)
+        self._apply()
+
+    def _external(self, source: InterruptSource, engine: Engine, vcpu: Vcpu) -> External:
+        if isinstance(engine, UnicornEngine):
+            self._settings.intercepted = intercepted_forms(interruptible=True)
+            _install(self._settings.kernel, "integer")  # STI and POPF, for whoever has no handlers
+            return DeliveredInterrupts(source, engine, vcpu, vcpu.cpu)
+        from sandbox.engine.kvm import KvmEngine
+        from sandbox.engine.kvm_interrupts import KvmInterrupts
+
+        assert isinstance(engine, KvmEngine)
+        return KvmInterrupts(source, engine, vcpu)
+
     # -- policy and handlers --------------------------------------------------------------------
 
     @property
@@ -188,7 +213,8 @@ class Vm:
         """What the guest is told it has: what the fast path and the handlers run right, and where
         the fast path is a real processor, no more than that has."""
         found = features(self.runs_form)
-        return CpuidModel(found if self._offers is None else filter(self._offers, found))
+        offered = found if self._offers is None else filter(self._offers, found)
+        return CpuidModel(offered, apic=self._settings.interruptible)
 
     def enable_xstate(self, components: int) -> None:
         """Have the guest start with these bits of XCR0 set, as far as CPUID offers them.
@@ -207,6 +233,8 @@ class Vm:
 
     def close(self) -> None:
         """Free the engine."""
+        if self.vcpu is not None and self.vcpu.external is not None:
+            self.vcpu.external.close()
         if self._engine is not None:
             self._engine.close()
 
