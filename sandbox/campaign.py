@@ -18,13 +18,16 @@ from sandbox.errors import SandboxError
 
 
 class Campaign:
-    """Workers that compare forms; a context manager."""
+    """Workers that compare forms; a context manager. On the fast path they try what ``policy``
+    (a name or a file) allows, or all there is."""
 
-    def __init__(self, packs: Iterable[str], jobs: int | None = None) -> None:
-        self.packs = list(packs)
+    def __init__(
+        self, packs: Iterable[str], jobs: int | None = None, policy: str | None = None
+    ) -> None:
         self.jobs = jobs or os.cpu_count() or 1
         self._free: SimpleQueue[_Worker] = SimpleQueue()
-        self._workers = [_Worker(self.packs) for _ in range(self.jobs)]
+        settings = {"packs": list(packs), "policy": policy}
+        self._workers = [_Worker(settings) for _ in range(self.jobs)]
         for worker in self._workers:
             self._free.put(worker)
 
@@ -60,8 +63,8 @@ class Campaign:
 
 
 class _Worker:
-    def __init__(self, packs: list[str]) -> None:
-        self._packs = packs
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, tier: str, code: int, cases: int, seed: int) -> list[Finding]:
@@ -91,7 +94,7 @@ class _Worker:
             text=True,
         )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(self._packs) + "\n")
+        process.stdin.write(json.dumps(self._settings) + "\n")
         return process
 
     def close(self) -> None:
@@ -106,10 +109,3 @@ class _Worker:
                 except BrokenPipeError:
                     continue
         process.wait()
-
-
-def as_data(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """The findings, ready for JSON: empty fields left out."""
-    from dataclasses import asdict
-
-    return [{k: v for k, v in asdict(f).items() if v} for f in findings]

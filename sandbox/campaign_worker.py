@@ -1,7 +1,7 @@
 """The child process of :mod:`sandbox.campaign`: compares the forms it is asked for.
 
 A process of its own, since a form may crash Unicorn. Requests and answers are lines of JSON on
-stdin and stdout; the first line in says which handler packs to take.
+stdin and stdout; the first line in says which handler packs to take, and under which policy.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -17,12 +18,14 @@ from typing import Any
 from iced_x86 import OpKind
 
 from sandbox.cases import Cases
-from sandbox.conformance import Subject, Verdict, check, not_comparable
+from sandbox.conformance import Outcome, Subject, Verdict, check, not_comparable
 from sandbox.decode import FORM_NAMES, DecodeError, Insn, decode
-from sandbox.encodings import encodings, info_of
+from sandbox.encodings import encodings, info_of, kinds_of
 from sandbox.gaps import has_memory_operand, reconcile
 from sandbox.golden import PATTERN, Record, make_record, reduced
-from sandbox.native import NativeCpu, missing_features
+from sandbox.intercepts import intercepted_forms
+from sandbox.native import NativeCpu, State, missing_features
+from sandbox.policy import Policy
 from sandbox.subjects import FastPath, HandlerTier, Stage
 
 LAZY_MXCSR = (0x1F80, 0x3F80, 0x5F80, 0x7F80, 0x1FBF)
@@ -30,6 +33,10 @@ LAZY_MXCSR = (0x1F80, 0x3F80, 0x5F80, 0x7F80, 0x1FBF)
 mode, flags set before."""
 ENOUGH = 64
 """Differences, or refusals and nothing else, after which a form is given up."""
+FEW = 16
+"""A form with fewer encodings than this, for each kind of operands, gets more states for each."""
+SECONDS = 300.0
+"""A form that takes longer is given up: the host stands still in each case, it seems."""
 
 
 @dataclass(slots=True)
@@ -52,8 +59,23 @@ class Finding:
     """The first case that differed, with the hardware's answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class UnderPolicy:
+    """The fast path as far as a policy lets it run."""
+
+    subject: FastPath
+    policy: Policy
+
+    def accepts(self, insn: Insn) -> bool:
+        allowed = self.policy.allows(insn) and not intercepted_forms()[insn.code]
+        return allowed and self.subject.accepts(insn)
+
+    def run(self, insn: Insn, state: State) -> Outcome:
+        return self.subject.run(insn, state)
+
+
 def compare_form(
-    subject: Subject, tier: str, code: int, cases: int, seed: int, seconds: float = 20.0
+    subject: Subject, tier: str, code: int, cases: int, seed: int
 ) -> Iterator[Finding]:
     """A finding for each kind of operands that the form has, or one that says why it is skipped."""
     name = FORM_NAMES[code]
@@ -62,14 +84,14 @@ def compare_form(
         yield Finding(name, tier, "", skipped=reason)
         return
     try:
-        every = [variant for insn in encodings(code) for variant in _prefixed(insn)]
+        plan = planned(code, cases)
     except ValueError as error:  # branches, mostly
         yield Finding(name, tier, "", skipped=str(error).split(": ")[-1])
         return
     findings: dict[str, Finding] = {}
-    stop = time.monotonic() + seconds
-    for insn in every:
-        operands = "memory" if has_memory_operand(insn) else "register"
+    stop = time.monotonic() + SECONDS
+    for insn, count in plan:
+        operands = operands_of(insn)
         finding = findings.setdefault(operands, Finding(name, tier, operands))
         refused = finding.gaps.get("refused", 0)
         if max(finding.differences, refused == finding.cases and refused) >= ENOUGH:
@@ -82,8 +104,29 @@ def compare_form(
         elif not subject.accepts(insn):
             finding.declined += 1
         else:
-            _compare(subject, tier, insn, finding, cases, seed)
+            _compare(subject, tier, insn, finding, count, seed)
     yield from findings.values()
+
+
+def operands_of(insn: Insn) -> str:
+    """The kind of operands that a finding is about."""
+    return "memory" if has_memory_operand(insn) else "register"
+
+
+def planned(code: int, cases: int) -> list[tuple[Insn, int]]:
+    """The encodings of a form, and the number of states that each is to be tried on.
+
+    ``cases`` for each, more if they are :data:`FEW`; then all immediates of 8 bits, with less.
+    ValueError for forms that :func:`~sandbox.encodings.encodings` does not make.
+    """
+    every = [variant for insn in encodings(code) for variant in _prefixed(insn)]
+    kinds = Counter(map(operands_of, every))
+    plan = [(insn, max(cases, FEW * cases // kinds[operands_of(insn)])) for insn in every]
+    if any(kind.startswith("IMM8") and "CONST" not in kind for kind in kinds_of(code)):
+        known = {insn.raw for insn in every}
+        more = (insn for insn in encodings(code, range(256)) if insn.raw not in known)
+        plan += [(insn, max(cases // FEW, 1)) for insn in more]
+    return plan
 
 
 def _prefixed(insn: Insn) -> Iterator[Insn]:
@@ -136,9 +179,12 @@ def _record(subject: Subject, verdict: Verdict) -> Record:
 
 
 def main() -> None:
-    packs: list[str] = json.loads(sys.stdin.readline())
-    stage = Stage(packs)
-    subjects: dict[str, Subject] = {"fast": FastPath(stage), "handlers": HandlerTier(stage)}
+    settings: dict[str, Any] = json.loads(sys.stdin.readline())
+    stage = Stage(settings["packs"])
+    fast: Subject = FastPath(stage)
+    if settings["policy"]:
+        fast = UnderPolicy(FastPath(stage), Policy.load(settings["policy"]))
+    subjects: dict[str, Subject] = {"fast": fast, "handlers": HandlerTier(stage)}
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         tier = request["tier"]

@@ -147,6 +147,7 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
     add("--features", nargs="+", metavar="NAME", help="forms that need no other CPUID features")
     add("--tier", choices=("fast", "handlers", "both"), default="both", help="what to compare")
     add("--policy", metavar="NAME", help="on the fast path only what this policy allows")
+    add("--policy", metavar="NAME", help="on the fast path only what this policy allows")
     add("--cases", type=_count, default=16, metavar="N", help="states per encoding (16)")
     add("--seconds", type=_seconds, metavar="S", help="stop after this time")
     add("--seed", type=int, default=0, help="of the random states")

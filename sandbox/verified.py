@@ -91,10 +91,16 @@ def _is_kept_away(form: str) -> bool:
 
 def write_policy(path: Path, data: dict[str, Any], findings: Sequence[Finding]) -> None:
     """Write the policy, and the evidence as ``.json`` beside it."""
+    evidence = write_evidence(path.with_suffix(".json"), data, findings)
+    path.write_text(policy_text(evidence))
+
+
+def write_evidence(path: Path, data: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
+    """Write the figures for each form as JSON, and return them."""
     evidence = {key: data[key] for key in ("processor", "unicorn", "date", "seed")}
     evidence["forms"] = _evidence(findings)
-    path.with_suffix(".json").write_text(_rows(evidence))
-    path.write_text(policy_text(evidence))
+    path.write_text(_rows(evidence))
+    return evidence
 
 
 def policy_text(evidence: dict[str, Any]) -> str:
