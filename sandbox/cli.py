@@ -126,7 +126,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--only", metavar="REGEX", default="", help='figures whose "suite name" matches'
     )
     parser.add_argument(
-        "--rounds", metavar="N", type=int, default=5, help="rounds of each comparison (default 5)"
+        "--rounds", metavar="N", type=int, help="rounds of each comparison (default: by suite)"
     )
     parser.add_argument(
         "--scale", metavar="X", type=float, default=1.0,
@@ -146,7 +146,6 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
     add("--forms", default="", metavar="REGEX", help="forms whose name matches")
     add("--features", nargs="+", metavar="NAME", help="forms that need no other CPUID features")
     add("--tier", choices=("fast", "handlers", "both"), default="both", help="what to compare")
-    add("--policy", metavar="NAME", help="on the fast path only what this policy allows")
     add("--policy", metavar="NAME", help="on the fast path only what this policy allows")
     add("--cases", type=_count, default=16, metavar="N", help="states per encoding (16)")
     add("--seconds", type=_seconds, metavar="S", help="stop after this time")
