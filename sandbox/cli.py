@@ -119,7 +119,10 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "suite", nargs="*", metavar="SUITE", help="fastpath fallback operations startup programs"
+        "suite",
+        nargs="*",
+        metavar="SUITE",
+        help="fastpath fallback operations startup scaling programs",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.add_argument(

@@ -10,12 +10,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from iced_x86 import Decoder, FlowControl
 
 from guests.samples import PREBUILTS
-from sandbox.bench import programs
+from sandbox import KVM_CAP_EXIT_ON_EMULATION_FAILURE
+from sandbox.bench import programs, scaling
 from sandbox.bench.measure import Effort, Figure, Note, Result
 from sandbox.bench.suites import SUITES
 from sandbox.bench.table import Table, number, summary
+from sandbox.boot import boot_flat
+from sandbox.cpu import Cpu
+from sandbox.decode import Insn
+from sandbox.exits import Hlt
+from sandbox.handler import FunctionHandler, Pack
+from sandbox.vm import Vm
 
 TINY = Effort(rounds=1, scale=0.0001)
 
@@ -37,7 +45,13 @@ def check(results: list[Result], suite: str) -> None:
 
 @pytest.mark.parametrize(
     ("suite", "only"),
-    [("fastpath", "alu|sse"), ("fallback", ""), ("operations", "vpaddd"), ("startup", "")],
+    [
+        ("fastpath", "alu|sse"),
+        ("fallback", ""),
+        ("operations", "vpaddd"),
+        ("startup", ""),
+        ("scaling", "processes|1,000 blocks|1 MB|1,000 trapped"),
+    ],
 )
 def test_suite(suite: str, only: str) -> None:
     effort = Effort(TINY.rounds, TINY.scale, only)
@@ -61,7 +75,7 @@ def test_programs_compares_output_and_time_with_every_peer_installed() -> None:
     assert ("hash v1", "unicorn") in figures
     wrong = [result for result in results if isinstance(result, Note) and result.name]
     assert {(note.name, note.text) for note in wrong} == {("longdouble v2", "wrong output")}
-    assert {note.peer_name for note in wrong} == {"unicorn", "unicorn-protected"}
+    assert {note.peer_name for note in wrong} == {"unicorn"}
     assert {line.partition(":")[0] for line in summary(results)} >= {
         "programs v1 against unicorn"
     }  # fmt: skip
@@ -86,3 +100,43 @@ def test_numbers_keep_three_digits() -> None:
     assert [number(value) for value in (0.00354, 0.97, 7.0, 123.4, 12345.0)] == [
         "0.00354", "0.970", "7.00", "123", "12345"
     ]  # fmt: skip
+
+
+def test_count_of_iterations_grows_until_a_run_is_long_enough() -> None:
+    counts: list[int] = []
+
+    def run(count: int) -> float:
+        counts.append(count)
+        return count * 1e-6
+
+    assert Effort().per_iteration(run)() == pytest.approx(1e-6)
+    assert counts == sorted(counts)
+    assert 0.15 <= counts[-1] * 1e-6 < 0.5
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_trapped_sites_are_met_as_often_as_asked(count: int) -> None:
+    code = scaling.site_code(count, b"\x0f\x3f\x01", 7)
+    met: list[int] = []
+
+    def note(cpu: Cpu, _insn: Insn) -> None:
+        met.append(cpu.rip)
+
+    pack = Pack.of("note", FunctionHandler(note, patterns=("0f 3f 01",)))
+    with Vm("baseline", (pack,)) as vm:
+        vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE)
+        vcpu = boot_flat(vm, code).vcpu
+        assert isinstance(vcpu.run(), Hlt)
+        assert len(met) == 2 * count and len(set(met)) == count
+        met.clear()
+        assert isinstance(vcpu.run(), Hlt)
+    assert len(met) == 7 and len(set(met)) == count
+
+
+def test_block_code_is_of_as_many_blocks_as_asked() -> None:
+    instructions = list(Decoder(64, scaling.block_code(50)))
+    branches = [
+        insn for insn in instructions if insn.flow_control == FlowControl.CONDITIONAL_BRANCH
+    ]
+    assert len(branches) == 50
+    assert len(instructions) == 6 * 50 + 2

@@ -24,10 +24,9 @@ EMULATORS = {
     "sandbox": ("sandbox.bench.ours", "run"),
     "bochs": ("sandbox.bench.peer_bochs", "run"),
     "unicorn": ("sandbox.bench.peer_unicorn", "run"),
-    "unicorn-protected": ("sandbox.bench.peer_unicorn", "run_protected"),
 }
 """Module and function of each. Only the one that runs is imported."""
-_PACKAGES = {"bochs": "bochscpu", "unicorn": "unicorn", "unicorn-protected": "unicorn"}
+_PACKAGES = {"bochs": "bochscpu", "unicorn": "unicorn"}
 
 
 def main(arguments: Sequence[str]) -> None:

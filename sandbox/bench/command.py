@@ -45,7 +45,7 @@ def _effort(options: Namespace) -> Effort:
         re.compile(options.only)
     except re.error as error:
         raise SandboxError(f"--only {options.only!r} is no regular expression: {error}") from None
-    if options.rounds < 1 or not options.scale > 0:
+    if (options.rounds is not None and options.rounds < 1) or not options.scale > 0:
         raise SandboxError("--rounds must be 1 or more, and --scale above 0")
     return Effort(options.rounds, options.scale, options.only)
 

@@ -1,34 +1,32 @@
-"""The loops that the suites time: name, assembly of one iteration, iterations of a run."""
+"""The loops that the suites time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from sandbox.bench.measure import Effort
+from guests.assemble import assemble
 
 SCRATCH = 0x20_0000
 """1 MiB of data that the loops may use."""
+WARM_UP = 64
+"""Iterations before those that are timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """``body`` runs ``count`` times with RCX counting down; RDI points to 1 MiB of data."""
+    """``body`` is one iteration; RCX counts down, RDI points to 1 MiB of data."""
 
     name: str
     body: str
-    count: int
     stores: bool = False
     """A store-heavy loop."""
 
-    def scaled(self, effort: Effort) -> Loop:
-        """The same with fewer or more iterations."""
-        return replace(self, count=effort.count(self.count))
-
-    @property
-    def source(self) -> str:
-        return (
-            f"mov rdi, {SCRATCH:#x}\nmov rsi, {SCRATCH:#x}\nxor ebx, ebx\nmov ecx, {self.count}\n"
-            f"again:\n{self.body}\ndec ecx\njnz again\nhlt\n"
+    def code(self, count: int) -> bytes:
+        """A flat 64-bit guest that runs the body a few times up to a first HLT, so that all is
+        translated and bound, and ``count`` times up to the second."""
+        return assemble(
+            f"mov rdi, {SCRATCH:#x}\nmov rsi, {SCRATCH:#x}\nxor ebx, ebx\nmov ecx, {WARM_UP}\n"
+            f"again:\n{self.body}\ndec ecx\njnz again\nhlt\nmov ecx, {count}\njmp again\n"
         )
 
 
@@ -36,24 +34,37 @@ _PUSH = "\n".join(["push rax"] * 10 + ["pop rax"] * 10)
 _WALK = "add ebx, 64\nand ebx, 0xfffff\n"
 
 FASTPATH = (
-    Loop("alu", "add rax, rbx\nxor rdx, rax\nlea rbx, [rax + rdx * 2]\nimul rdx, rbx", 60_000_000),
-    Loop("branch", "test cl, 3\njz skip\nadd rax, 1\nskip:\ntest cl, 5\njnz over\ninc rdx\nover:",
-         30_000_000),
-    Loop("call", "call function\njmp done\nfunction:\nret\ndone:", 6_000_000),
-    Loop("load", f"{_WALK}mov rax, [rdi + rbx]\nadd rdx, rax", 50_000_000),
-    Loop("store", f"{_WALK}mov [rdi + rbx], rax", 6_000_000, stores=True),
-    Loop("push and pop", _PUSH, 700_000, stores=True),
-    Loop("read-modify-write", f"{_WALK}add qword ptr [rdi + rbx], 1", 6_000_000, stores=True),
+    Loop("alu", "add rax, rbx\nxor rdx, rax\nlea rbx, [rax + rdx * 2]\nimul rdx, rbx"),
+    Loop("branch", "test cl, 3\njz skip\nadd rax, 1\nskip:\ntest cl, 5\njnz over\ninc rdx\nover:"),
+    Loop("call", "call function\njmp done\nfunction:\nret\ndone:"),
+    Loop("load", f"{_WALK}mov rax, [rdi + rbx]\nadd rdx, rax"),
+    Loop("store", f"{_WALK}mov [rdi + rbx], rax", stores=True),
+    Loop("push and pop", _PUSH, stores=True),
+    Loop("read-modify-write", f"{_WALK}add qword ptr [rdi + rbx], 1", stores=True),
     Loop("string", f"mov r8d, ecx\nmov rdi, {SCRATCH:#x}\nmov ecx, 64\nrep stosq\nmov ecx, r8d",
-         50_000, stores=True),
-    Loop("x87", "fld1\nfadd st(0), st(0)\nfsqrt\nfstp st(0)", 4_000_000),
-    Loop("sse", "paddd xmm0, xmm1\npshufd xmm1, xmm0, 0x1b\nmulps xmm2, xmm3", 8_000_000),
+         stores=True),
+    Loop("x87", "fld1\nfadd st(0), st(0)\nfsqrt\nfstp st(0)"),
+    Loop("sse", "paddd xmm0, xmm1\npshufd xmm1, xmm0, 0x1b\nmulps xmm2, xmm3"),
 )  # fmt: skip
 
 NEW_INSTRUCTION = "0f 3f 01"
 """Bytes that are no instruction: what the trivial handler takes."""
-TRAP = Loop("one trap", ".byte 0x0f, 0x3f, 0x01", 200_000)
-RUN_OF_TRAPS = Loop("run of ten traps", "\n".join([".byte 0x0f, 0x3f, 0x01"] * 10), 40_000)
+RUN = 10
+"""Instructions in a run."""
+
+
+def run_of(name: str, instruction: str) -> Loop:
+    """A loop over :data:`RUN` copies of an instruction."""
+    return Loop(name, "\n".join([instruction] * RUN))
+
+
+_NEW = f".byte {', '.join('0x' + byte for byte in NEW_INSTRUCTION.split())}"
+_VECTOR = "vpaddd ymm1, ymm2, ymm3"
+TRAP = Loop("one trap", _NEW)
+RUN_OF_TRAPS = run_of("run of ten traps", _NEW)
+VECTOR = Loop("one vpaddd", _VECTOR)
+RUN_OF_VECTORS = run_of("run of ten vpaddd", _VECTOR)
+"""What Unicorn refuses and hook-and-emulate scripts are written for."""
 
 OPERATIONS = (
     "vmovdqa ymm1, ymm2",

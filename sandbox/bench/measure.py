@@ -8,22 +8,34 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-ROUNDS = 5
+TARGET_SECONDS = 0.15
+"""How long one run of a loop takes: next to it, starting and translating are below 1 %."""
+MOST_ITERATIONS = 0x7FFF_FFFF
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much to measure: ``rounds`` of each comparison, ``scale`` for the length of the runs
-    (1 for figures that are worth keeping), and a pattern that a figure's "suite name" must match.
+    """How much to measure: ``rounds`` of each comparison (None: as many as each suite needs),
+    ``scale`` for the length of the runs (1 for figures that are worth keeping), and a pattern that
+    a figure's "suite name" must match.
     """
 
-    rounds: int = ROUNDS
+    rounds: int | None = None
     scale: float = 1.0
     only: str = ""
 
     def wants(self, suite: str, name: str) -> bool:
         """Whether the figures ``name`` of ``suite`` are asked for."""
         return re.search(self.only, f"{suite} {name}") is not None
+
+    def per_iteration(self, run: Callable[[int], float]) -> Callable[[], float]:
+        """``run(count)`` gives the seconds of ``count`` iterations: the same for one iteration,
+        with a count that takes :data:`TARGET_SECONDS`, scaled."""
+        count, target = 16, TARGET_SECONDS * self.scale
+        while (seconds := run(count)) < target and count < MOST_ITERATIONS:
+            more = 1.2 * target / max(seconds, target / 16)
+            count = min(round(count * max(2, more)), MOST_ITERATIONS)
+        return lambda: run(count) / count
 
     def count(self, reference: int) -> int:
         """``reference`` repetitions, scaled; at least one."""
@@ -71,7 +83,7 @@ def compare(
     ours: Callable[[], float],
     peer: Callable[[], float],
     peer_name: str,
-    rounds: int = ROUNDS,
+    rounds: int,
 ) -> Figure:
     """Time ours and one peer in turn ``rounds`` times; ``scale`` turns seconds into ``unit``."""
     return next(compare_all(suite, name, unit, scale, ours, {peer_name: peer}, rounds))
@@ -84,7 +96,7 @@ def compare_all(
     scale: float,
     ours: Callable[[], float],
     peers: Mapping[str, Callable[[], float]],
-    rounds: int = ROUNDS,
+    rounds: int,
     group: str = "",
 ) -> Iterator[Figure]:
     """Time ours and each peer in turn, once to warm up and then ``rounds`` times."""

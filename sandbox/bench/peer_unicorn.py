@@ -1,8 +1,7 @@
 """The peer: a static Linux program in Unicorn through its own Python binding.
 
-One map of flat memory with the binding's default protection (everything executable), as its users
-write it, or with only the program's code executable. No policy and no handlers: Unicorn runs what
-it takes for right.
+One map of flat memory with the binding's default protection, as its users write it. No policy and
+no handlers: Unicorn runs what it takes for right.
 """
 
 from __future__ import annotations
@@ -10,22 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sandbox.bench.flat_process import PAGE, SIZE, FlatProcess
+from sandbox.bench.flat_process import SIZE, FlatProcess
 from sandbox.bench.outcome import Outcome
 from sandbox.decode import MAX_LENGTH, DecodeError, decode
 
 
 def run(program: str, argv: Sequence[str], env: Mapping[str, str]) -> Outcome:
-    """Run ``program`` with the default protection."""
-    return _run(program, argv, env, protect=False)
-
-
-def run_protected(program: str, argv: Sequence[str], env: Mapping[str, str]) -> Outcome:
-    """The same where data is not executable and code is not writable."""
-    return _run(program, argv, env, protect=True)
-
-
-def _run(program: str, argv: Sequence[str], env: Mapping[str, str], protect: bool) -> Outcome:
+    """Run ``program``."""
     import unicorn
     from unicorn import x86_const as x86
 
@@ -34,13 +24,6 @@ def _run(program: str, argv: Sequence[str], env: Mapping[str, str], protect: boo
         program, argv, env, lambda base: uc.reg_write(x86.UC_X86_REG_FS_BASE, base)
     )
     uc.mem_map_ptr(0, SIZE, unicorn.UC_PROT_ALL, process.host_address)
-    if protect:
-        uc.mem_protect(0, SIZE, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)
-        for segment in process.image.segments:
-            if segment.executable:
-                start = segment.address & -PAGE
-                size = (segment.address + segment.memory_size - start + PAGE - 1) & -PAGE
-                uc.mem_protect(start, size, unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC)
     uc.reg_write(x86.UC_X86_REG_RSP, process.rsp)
     uc.reg_write(x86.UC_X86_REG_MXCSR, 0x1F80)
     uc.reg_write(x86.UC_X86_REG_FPCW, 0x37F)

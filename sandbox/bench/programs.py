@@ -27,6 +27,7 @@ from sandbox.bench.measure import Effort, Note, Result, figure, progress
 
 SUITE = "programs"
 OURS = "sandbox"
+ROUNDS = 3
 LIMIT_SECONDS = 180
 """A run that takes longer is given up."""
 LONG_SECONDS = 60
@@ -41,7 +42,7 @@ INPUT = {"wc": (("-u", "the", "tier"), _WORDS * 8000)}
 """Arguments and standard input of programs that read; their input is what is repeated."""
 
 QEMU = "qemu-x86_64"
-_PACKAGE = {"bochs": "bochscpu-python", "unicorn": "unicorn", "unicorn-protected": "unicorn"}
+_PACKAGE = {"bochs": "bochscpu-python", "unicorn": "unicorn"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Timed:
 def programs(effort: Effort) -> Iterator[Result]:
     """Every program at every level, ours against each peer that is installed."""
     peers = []
-    for peer in ("native", QEMU, "bochs", "unicorn", "unicorn-protected"):
+    for peer in ("native", QEMU, "bochs", "unicorn"):
         if reason := missing(peer):
             yield Note(SUITE, "", peer, reason)
         else:
@@ -147,10 +148,9 @@ def _compare(program: Program, peers: list[str], effort: Effort, folder: Path) -
     fit = [runner for runner in first if not _trouble(runner, first)]
     rounds = [first]
     if not long:
-        rounds = [
-            _round(fit, program, folder, f"round {number + 1} of {effort.rounds}")
-            for number in range(effort.rounds)
-        ]
+        count = effort.rounds or ROUNDS
+        texts = [f"round {number + 1} of {count}" for number in range(count)]
+        rounds = [_round(fit, program, folder, text) for text in texts]
     failed = {
         runner: trouble
         for runs in (*rounds, first)
