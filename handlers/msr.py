@@ -21,7 +21,7 @@ from sandbox.sources import Clock, HostClock
 _LOW = 0xFFFF_FFFF
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 
-TSC, APIC_BASE, MISC_ENABLE, PAT, TSC_AUX = 0x10, 0x1B, 0x1A0, 0x277, 0xC000_0103
+TSC, APIC_BASE, MISC_ENABLE, PAT, XSS, TSC_AUX = 0x10, 0x1B, 0x1A0, 0x277, 0xDA0, 0xC000_0103
 EFER, STAR = 0xC000_0080, 0xC000_0081
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1, 1 << 8, 1 << 10, 1 << 11
 _EFER_BITS = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
@@ -35,7 +35,7 @@ BANK_MSRS: Final = {
 }  # fmt: skip
 """MSRs that are registers of the bank."""
 RESET_VALUES: Final = {
-    TSC: 0, APIC_BASE: 0xFEE0_0900, MISC_ENABLE: 1, PAT: 0x0007_0406_0007_0406, TSC_AUX: 0,
+    TSC: 0, APIC_BASE: 0xFEE0_0900, MISC_ENABLE: 1, PAT: 0x0007_0406_0007_0406, XSS: 0, TSC_AUX: 0,
 }  # fmt: skip
 """MSRs that are kept here; the TSC as what is added to the clock."""
 _CANONICAL: Final = frozenset(
@@ -129,8 +129,8 @@ def _write_own(cpu: Cpu, index: int, value: int) -> None:
     elif index == PAT:
         if not _MEMORY_TYPES.issuperset(value.to_bytes(8, "little")):
             raise Fault(GP, 0)
-    elif index == TSC_AUX and value >> 32:
-        raise Fault(GP, 0)
+    elif (index == TSC_AUX and value >> 32) or (index == XSS and value):
+        raise Fault(GP, 0)  # there are no supervisor state components
     values[index] = value
 
 

@@ -5,6 +5,7 @@ All of them read and check everything first, then write: a fault leaves memory a
 
 from __future__ import annotations
 
+from handlers.control import require_cpl0
 from sandbox.cpu import GP, NM, UD, Cpu, Fault
 from sandbox.decode import Insn
 from sandbox.handler import handler
@@ -174,6 +175,18 @@ def xsaveopt(cpu: Cpu, insn: Insn) -> None:
 @handler("xsavec", "xsavec64")
 def xsavec(cpu: Cpu, insn: Insn) -> None:
     _check_x(cpu)
+    _xsave_compacted(cpu, insn)
+
+
+@handler("xsaves", "xsaves64")
+def xsaves(cpu: Cpu, insn: Insn) -> None:
+    """There are no supervisor components: IA32_XSS is 0. So it does what XSAVEC does."""
+    _check_x(cpu)
+    require_cpl0(cpu)
+    _xsave_compacted(cpu, insn)
+
+
+def _xsave_compacted(cpu: Cpu, insn: Insn) -> None:
     base = _aligned(cpu, insn, 64)
     rfbm = _requested(cpu)
     used = in_use(cpu, rfbm)
@@ -187,17 +200,31 @@ def xsavec(cpu: Cpu, insn: Insn) -> None:
     writes.commit()
 
 
-# XRSTOR
+# XRSTOR, XRSTORS
 
 
 @handler("xrstor", "xrstor64")
 def xrstor(cpu: Cpu, insn: Insn) -> None:
     _check_x(cpu)
+    _restore(cpu, insn, supervisor=False)
+
+
+@handler("xrstors", "xrstors64")
+def xrstors(cpu: Cpu, insn: Insn) -> None:
+    """As XRSTOR, but from the compacted form only."""
+    _check_x(cpu)
+    require_cpl0(cpu)
+    _restore(cpu, insn, supervisor=True)
+
+
+def _restore(cpu: Cpu, insn: Insn, *, supervisor: bool) -> None:
     base = _aligned(cpu, insn, 64)
     rfbm = _requested(cpu)
     header = cpu.read(base + HEADER_AT, 64)
     xstate_bv, xcomp_bv = (int.from_bytes(header[at : at + 8], "little") for at in (0, 8))
     compacted = bool(xcomp_bv & COMPACTED)
+    if supervisor and not compacted:
+        raise Fault(GP, 0)
     _check_header(cpu, header, xstate_bv, xcomp_bv)
 
     legacy = cpu.read(base, LEGACY_SIZE)

@@ -1,8 +1,8 @@
 """Instructions that the machine takes itself, whatever the policy says, as VMX and SVM intercept.
 
 They leave the guest (HLT, port IO), concern state that only the machine knows whole (CPUID, XSAVE,
-MXCSR, control registers, MSRs) or are events (INT n). No emulation failure is reported for them: in
-KVM they never reach the emulator's limits.
+MXCSR, control registers, MSRs, FS and GS base) or are events (INT n). No emulation failure is
+reported for them: in KVM they never reach the emulator's limits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MNEMONICS = frozenset(
     "cpuid xgetbv xsetbv xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves xsaves64 "
     "xrstor xrstor64 xrstors xrstors64 rdmsr wrmsr rdpmc rdtsc rdtscp rdpid rdrand rdseed "
     "syscall sysret sysretq sysenter sysexit sysexitq clts lmsw invlpg invpcid monitor mwait rsm "
+    "rdfsbase rdgsbase wrfsbase wrgsbase "
     "vmcall vmmcall vmlaunch vmresume vmxoff vmxon vmrun vmload vmsave stgi clgi skinit".split()
 )
 """Mnemonics intercepted in every policy."""

@@ -82,6 +82,16 @@ def test_unknown_msrs_go_to_the_hook() -> None:
     assert fault(cpu, "0f32") == (GP, 0)
 
 
+def test_there_are_no_supervisor_state_components() -> None:
+    cpu = make()
+    cpu.gpr[RCX], cpu.gpr[RAX], cpu.gpr[RDX] = 0xDA0, 0, 0
+    run(cpu, "0f30")
+    cpu.gpr[RAX] = 1 << 8
+    assert fault(cpu, "0f30") == (GP, 0)
+    run(cpu, "0f32")
+    assert (cpu.gpr[RAX], cpu.gpr[RDX]) == (0, 0)
+
+
 def test_swapgs_swaps() -> None:
     cpu = make()
     bank_of(cpu).write("gs_base", 1)

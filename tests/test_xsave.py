@@ -36,6 +36,9 @@ CODE = {
     "xsavec": "0fc723", "xsavec64": "480fc723", "xrstor": "0fae2b", "xrstor64": "480fae2b",
 }  # fmt: skip
 """Each with the operand [rbx]."""
+PRIVILEGED = {
+    "xsaves": "0fc72b", "xsaves64": "480fc72b", "xrstors": "0fc71b", "xrstors64": "480fc71b",
+}  # fmt: skip
 HANDLERS = {m: h for h in Pack.of("xstate", xstate).handlers for m in h.mnemonics}
 ALL = 0x2E7
 
@@ -64,7 +67,7 @@ def cpu_of(state: State, bitness: int = 64) -> Cpu:
 
 
 def run(cpu: Cpu, name: str) -> None:
-    insn = decode(bytes.fromhex(CODE[name]), cpu.bitness)
+    insn = decode(bytes.fromhex((CODE | PRIVILEGED)[name]), cpu.bitness)
     assert insn.mnemonic == name
     action = HANDLERS[name].bind(cpu, insn)
     assert action is not None
@@ -277,6 +280,43 @@ def test_outside_64_bit_mode_only_eight_registers_take_part() -> None:
     assert not any(cpu.vec.raw[: 8 * 64]) and bytes(cpu.vec.raw[8 * 64 :]) == before
 
 
+# Without supervisor components XSAVES and XRSTORS do what XSAVEC and XRSTOR do
+
+
+@pytest.mark.parametrize("suffix", ["", "64"])
+def test_xsaves_saves_what_xsavec_saves(suffix: str) -> None:
+    state = random_state(8)
+    state.gpr[RAX] = ALL
+    cpus = {name: cpu_of(state) for name in ("xsavec", "xsaves")}
+    for name, cpu in cpus.items():
+        run(cpu, name + suffix)
+    assert data_of(cpus["xsaves"]) == data_of(cpus["xsavec"]) != state.memory
+    cpu = cpus["xsaves"]
+    want = snapshot(cpu)
+    cpu.vec.raw[:] = bytes(2048)
+    cpu.opmask[:] = memoryview(bytes(64)).cast("Q")
+    run(cpu, "xrstors" + suffix)
+    assert snapshot(cpu) == want
+
+
+def test_xrstors_takes_no_standard_area() -> None:
+    state = random_state(9)
+    state.store(DATA, bytes(4096))
+    state.store(DATA + 24, struct.pack("<I", 0x1F80))
+    state.gpr[RAX] = ALL
+    run(cpu_of(state), "xrstor64")
+    assert fault_of(cpu_of(state), "xrstors64") == (GP, 0)
+
+
+@pytest.mark.parametrize("name", PRIVILEGED)
+def test_supervisor_forms_are_privileged(name: str) -> None:
+    cpu = cpu_of(random_state(10))
+    bank = cpu.registers.bank
+    assert isinstance(bank, DictBank)
+    bank.cpl = 3
+    assert fault_of(cpu, name) == (GP, 0)
+
+
 # Faults
 
 
@@ -288,7 +328,7 @@ def fault_of(cpu: Cpu, name: str) -> tuple[int, int | None]:
     return caught.value.vector, caught.value.error_code
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", CODE | PRIVILEGED)
 def test_misaligned_areas_are_gp(name: str) -> None:
     state = random_state(1)
     state.gpr[RAX] = 7
@@ -296,7 +336,7 @@ def test_misaligned_areas_are_gp(name: str) -> None:
     assert fault_of(cpu_of(state), name) == (GP, 0)
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", CODE | PRIVILEGED)
 def test_ts_is_nm_and_a_missing_osxsave_is_ud(name: str) -> None:
     cpu = cpu_of(random_state(1))
     bank = cpu.registers.bank
