@@ -122,6 +122,7 @@ def _start_real(machine: Machine, _base: int, _end: int) -> None:
         bank.write_segment(name, Segment(type=11 if name == "cs" else 3))
     stack = Segment(REAL_STACK_SEGMENT, REAL_STACK_SEGMENT << 4)
     bank.write_segment("ss", stack)
+    bank.write_table("gdtr", DescriptorTable(0, 0xFFFF))
     bank.write_table("idtr", DescriptorTable(0, 0x3FF))
     vcpu.registers.gpr[RSP] = 0
 
