@@ -32,6 +32,7 @@ from sandbox.vm import DEFAULT_POLICY
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ("README.md", "docs/handlers.md", "docs/kvm.md", "docs/policy.md")
+NAMED_TEST = re.compile(r"`(?:(tests/\w+\.py)(?:::)?)?(test_\w+)?`")
 DOCUMENTS = (*EXAMPLES, "ARCHITECTURE.md", "CHANGELOG.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"^[#;] ([\w-]+\.(?:py|asm|toml))$")
@@ -352,3 +353,12 @@ def test_handlers_import_only_what_handlers_are_written_with() -> None:
     allowed = set(re.findall(r"`(\w+)`", paragraph[0])) - {"handlers", "sandbox"}
     for path in (ROOT / "handlers").rglob("*.py"):
         assert imports(path) <= allowed, path.name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tests_that_are_named_exist(document: str) -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    known = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
+    for file, name in NAMED_TEST.findall(text_of(document)):
+        assert not file or (ROOT / file).is_file(), file
+        assert not name or name in known, name

@@ -28,6 +28,13 @@ from tests.kvm_guest import (
 pytestmark = KVM
 
 
+def user_code_at_a_hole(found: Machine) -> None:
+    map_hole(found)
+    add_idt(found, {6: BASE + 0x40})
+    enter_user_mode(found)
+    found.vcpu.registers.gpr[RAX] = HOLE
+
+
 def test_the_kernels_own_test_of_the_capability() -> None:
     """tools/testing/selftests/kvm/x86/exit_on_emulation_failure_test.c"""
     code = assemble(f"mov rax, {HOLE}") + FLDS + assemble("out 0x80, al\n hlt")
@@ -146,18 +153,24 @@ def test_the_capability_at_cpl_0(mode: Mode, cap: bool) -> None:
     assert [type(each) for each in left] == [EmulationFailure, Hlt]
 
 
-@LOCAL
-def test_the_capability_toggled_while_the_vcpu_exists() -> None:
-    def answer(found: Machine, left: Exit) -> None:
-        answer.calls += 1  # type: ignore[attr-defined]
-        found.vm.enable_cap(CAP, answer.calls % 2)  # type: ignore[attr-defined]
-        skip(4)(found, left)
+def toggle(found: Machine, left: Exit) -> None:
+    found.vm.enable_cap(CAP, int(not found.vm.settings.exit_on_emulation_failure))
+    if isinstance(left, EmulationFailure) and not found.vcpu.cpu.cpl:
+        found.vcpu.registers.rip += 4
 
-    answer.calls = 0  # type: ignore[attr-defined]
-    with guest("kvm", VADDPS * 4 + b"\xf4", cap=False) as found:
-        for _ in range(4):
-            answer(found, found.vcpu.run(5))
-        assert isinstance(found.vcpu.run(5), Hlt)
+
+@LOCAL
+@pytest.mark.parametrize("cap", [True, False])
+def test_the_capability_toggled_at_cpl_0(cap: bool) -> None:
+    left = compare(VADDPS * 4 + b"\xf4", cap=cap, answer=toggle)
+    assert [type(each) for each in left] == [EmulationFailure] * 4 + [Hlt]
+
+
+def test_the_capability_toggled_at_cpl_3() -> None:
+    """The exit leaves the guest where it was; with the capability off, it gets its #UD."""
+    code = (FLDS + b"\x90").ljust(0x40, b"\xcc") + b"\xf4"
+    left = compare(code, prepare=user_code_at_a_hole, answer=toggle)
+    assert [type(each) for each in left] == [EmulationFailure, Hlt]
 
 
 @pytest.mark.parametrize("cap", [True, False])
@@ -217,14 +230,8 @@ def test_a_handler_takes_a_load_from_a_hole_and_asks_the_caller_for_the_data() -
 def test_the_capability_at_cpl_3(cap: bool) -> None:
     """A load from a hole that the kernel cannot emulate: an exit, or #UD in the guest."""
 
-    def prepare(found: Machine) -> None:
-        map_hole(found)
-        add_idt(found, {6: BASE + 0x40})
-        enter_user_mode(found)
-        found.vcpu.registers.gpr[RAX] = HOLE
-
     code = (FLDS + b"\x90").ljust(0x40, b"\xcc") + b"\xf4"
-    left = compare(code, prepare=prepare, cap=cap, exits=1)
+    left = compare(code, prepare=user_code_at_a_hole, cap=cap, exits=1)
     assert isinstance(left[0], EmulationFailure if cap else Hlt)
 
 
