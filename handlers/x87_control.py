@@ -18,6 +18,10 @@ _REGISTERS_SIZE = 80
 _UNUSED = 0xFFFF_0000
 
 
+def _nobody(_insn: Insn) -> None:
+    """Nobody wants to hear that the status word is shown."""
+
+
 def _initialize(fpu: Fpu) -> None:
     """FNINIT: all but the registers' contents."""
     fpu.load_control(FPCW_RESET)
@@ -63,12 +67,19 @@ def fldcw(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
 
 @control("fnstsw", begin=Fpu.begin_control)
 def fnstsw(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
-    """Store the status word, to memory or AX."""
+    """Store the status word, to memory or AX. The service ``x87_shown`` hears of it."""
+    shown = cpu.services.get("x87_shown", _nobody)
     if has_memory(insn):
         address = bind_address(cpu, insn)
-        return lambda: cpu.write_int(address(), fpu.sw, 2)
+
+        def store() -> None:
+            cpu.write_int(address(), fpu.sw, 2)
+            shown(insn)
+
+        return store
 
     def body() -> None:
+        shown(insn)
         cpu.gpr[RAX] = cpu.gpr[RAX] & ~0xFFFF | fpu.sw
 
     return body
@@ -126,9 +137,11 @@ def _environment_size(insn: Insn) -> int:
 def fnstenv(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Store the environment, and mask all exceptions."""
     address, narrow = bind_address(cpu, insn), _environment_size(insn) == 14
+    shown = cpu.services.get("x87_shown", _nobody)
 
     def body() -> None:
         cpu.write(address(), environment(cpu, fpu, narrow))
+        shown(insn)
         fpu.load_control(fpu.cw | FLAGS)
         fpu.summarize()
 
@@ -146,10 +159,12 @@ def fldenv(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
 def fnsave(cpu: Cpu, fpu: Fpu, insn: Insn) -> Body:
     """Store the environment and the registers, and reset the unit."""
     address, narrow = bind_address(cpu, insn), _environment_size(insn) == 14
+    shown = cpu.services.get("x87_shown", _nobody)
 
     def body() -> None:
         registers = b"".join(fpu.st(i).to_bytes(10, "little") for i in range(8))
         cpu.write(address(), environment(cpu, fpu, narrow) + registers)
+        shown(insn)
         _initialize(fpu)
 
     return body

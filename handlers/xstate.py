@@ -64,8 +64,11 @@ def _wide(insn: Insn) -> bool:
     return insn.mnemonic.endswith("64")
 
 
-def _add_x87(writes: _Writes, cpu: Cpu, wide: bool) -> None:
-    head, registers = read_x87(cpu, wide)
+def _add_x87(writes: _Writes, cpu: Cpu, insn: Insn) -> None:
+    shown = cpu.services.get("x87_shown")
+    if shown is not None:
+        shown(insn)
+    head, registers = read_x87(cpu, _wide(insn))
     writes.add(0, head)
     writes.add(ST_AT, registers)
 
@@ -99,7 +102,7 @@ def _check_fx(cpu: Cpu) -> bool:
 def fxsave(cpu: Cpu, insn: Insn) -> None:
     with_sse = _check_fx(cpu)
     writes = _Writes(cpu, _aligned(cpu, insn, 16))
-    _add_x87(writes, cpu, _wide(insn))
+    _add_x87(writes, cpu, insn)
     _add_mxcsr(writes, cpu)
     if with_sse:
         writes.add(XMM_AT, read_component(cpu, SSE))
@@ -135,10 +138,10 @@ def _requested(cpu: Cpu) -> int:
 
 
 def _add_components(
-    writes: _Writes, cpu: Cpu, saved: int, offsets: dict[int, int], wide: bool
+    writes: _Writes, cpu: Cpu, insn: Insn, saved: int, offsets: dict[int, int]
 ) -> None:
     if saved >> X87 & 1:
-        _add_x87(writes, cpu, wide)
+        _add_x87(writes, cpu, insn)
     if saved >> SSE & 1:
         writes.add(XMM_AT, read_component(cpu, SSE))
     for number, offset in offsets.items():
@@ -155,7 +158,7 @@ def _xsave_standard(cpu: Cpu, insn: Insn, optimised: bool) -> None:
     old_bv = cpu.read_int(base + HEADER_AT, 8)
     writes = _Writes(cpu, base)
     saved = used if optimised else rfbm
-    _add_components(writes, cpu, saved, standard_offsets(rfbm), _wide(insn))
+    _add_components(writes, cpu, insn, saved, standard_offsets(rfbm))
     if rfbm & (1 << SSE | _AVX_BIT):
         _add_mxcsr(writes, cpu)
     writes.add(HEADER_AT, (old_bv & ~rfbm | used).to_bytes(8, "little"))
@@ -193,7 +196,7 @@ def _xsave_compacted(cpu: Cpu, insn: Insn) -> None:
     if rfbm >> SSE & 1 and cpu.mxcsr != MXCSR_RESET:
         used |= 1 << SSE
     writes = _Writes(cpu, base)
-    _add_components(writes, cpu, used, compacted_offsets(rfbm), _wide(insn))
+    _add_components(writes, cpu, insn, used, compacted_offsets(rfbm))
     if used >> SSE & 1:
         _add_mxcsr(writes, cpu)
     writes.add(HEADER_AT, used.to_bytes(8, "little") + (rfbm | COMPACTED).to_bytes(8, "little"))

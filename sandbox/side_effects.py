@@ -7,15 +7,17 @@ does not raise #GP for misaligned 16-byte operands either. A policy says what to
 ``float_flags = "lazy"``
     Float forms run on the fast path while MXCSR and the x87 control word ask for nothing that it
     cannot do. When the guest sets FTZ or DAZ or unmasks an exception, the forms concerned are
-    trapped until it sets them back. When it reads MXCSR after float forms may have run on the fast
-    path, the run says so, once, in ``Stats.notices``.
+    trapped until it sets them back. When it reads MXCSR, or the x87 status word, after float forms
+    may have run on the fast path, the run says so, once for each, in ``Stats.notices``.
 ``float_flags = "exact"``
     Float forms are always trapped.
 ``alignment = "lazy" | "exact"``
     Left out, or had by trapping the memory operands concerned.
 
 All instructions that change or show MXCSR are intercepted whatever the policy says, so that its
-writes are seen here.
+writes are seen here. The instructions that show the x87 status word are trapped until a notice
+about it was given, but FNSTSW AX only if more than condition codes is read from it, so that the
+comparisons of old code cost nothing (:mod:`sandbox.x87_status`).
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Final
 
-from sandbox.decode import FORM_NAMES, Insn
+from sandbox.cpu import Fault
+from sandbox.decode import FORM_NAMES, MAX_LENGTH, Insn
 from sandbox.engine.protocol import Engine
+from sandbox.memory import MmioRead
 from sandbox.policy import ALLOW, ASK, TRAP, operand_kind
+from sandbox.registers import CS
 from sandbox.settings import Settings
 from sandbox.stats import Notice, Stats
+from sandbox.x87_status import FNSTSW_AX, all_read_conditions_only, reads_conditions_only
 
 MASKS, FLAGS, FTZ, DAZ = 0x1F80, 0x3F, 0x8000, 0x40
 FPCW_MASKS = 0x3F
@@ -55,6 +61,12 @@ _X87_CONTROL: Final = frozenset(
     "frstor fnop wait fdisi fneni fnsetpm ffree ffreep fincstp fdecstp fstdw fstsg emms "
     "fdisi fndisi feni frstpm fxsave fxsave64 fxrstor fxrstor64".split()
 )
+_X87_QUIET: Final = frozenset(
+    "fld1 fldz fldpi fldl2e fldl2t fldlg2 fldln2 fild fxch fabs fchs fxam fcmovb fcmove fcmovbe "
+    "fcmovu fcmovnb fcmovne fcmovnbe fcmovnu fstpnce".split()
+)
+"""Mnemonics that raise nothing but stack faults: they make no notice."""
+_STATUS_READERS: Final = frozenset("fnstsw fnstenv fnsave".split())
 _NEWER: Final = ("VEX_", "EVEX_", "XOP_", "MVEX_", "D3NOW_")
 _UNALIGNED: Final = frozenset(
     "movups movupd movdqu lddqu pcmpestri pcmpestrm pcmpistri pcmpistrm".split()
@@ -80,6 +92,18 @@ def x87_float_forms() -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1)
+def x87_raising_forms() -> frozenset[int]:
+    """Those of them whose flags the fast path leaves out while the stack does not overflow."""
+    return frozenset(_codes(lambda name, _form: name not in _X87_QUIET)) & set(x87_float_forms())
+
+
+@lru_cache(maxsize=1)
+def status_forms() -> frozenset[int]:
+    """The forms that show the x87 status word, but for FXSAVE and its like."""
+    return frozenset(_codes(lambda mnemonic, _name: mnemonic in _STATUS_READERS))
+
+
+@lru_cache(maxsize=1)
 def aligned_forms() -> tuple[int, ...]:
     """The legacy SSE forms whose memory operand, if they have one, must be aligned."""
     return _codes(lambda mnemonic, name: "M128" in name and mnemonic not in _UNALIGNED)
@@ -97,8 +121,8 @@ class SideEffects:
         self._changed = changed
         self._sse = self._x87 = False
         """Whether MXCSR or the x87 control word asks for more than the fast path can do."""
-        self._float_ran = False
-        self._told = False
+        self._float_ran = self._x87_ran = False
+        self._told = self._x87_told = False
         engine.on_float_control = self.float_control
 
     def apply(self) -> None:
@@ -111,18 +135,24 @@ class SideEffects:
             self._trap(marks, sse_float_forms(), exact)
         if exact or self._x87:
             self._trap(marks, x87_float_forms(), exact)
+        _replace(marks, x87_raising_forms(), ALLOW, ASK)
+        readers = frozenset() if exact or self._x87_told else self._handled(status_forms())
+        _replace(marks, readers, ALLOW, ASK)
         aligned = frozenset(aligned_forms() if policy.alignment == "exact" else ())
         _replace(marks, aligned, ALLOW, ASK)
         for code in self._settings.intercepted_codes:
             marks[code] = TRAP
-        floats = frozenset(sse_float_forms())
+        floats, raising = frozenset(sse_float_forms()), x87_raising_forms()
 
         def traps(insn: Insn) -> bool:
             if not policy.allows(insn):
                 return True
             if insn.code in aligned and operand_kind(insn) == "memory":
                 return True
+            if insn.code in readers:
+                return self._shows_x87_flags(insn)
             self._float_ran = self._float_ran or insn.code in floats
+            self._x87_ran = self._x87_ran or insn.code in raising
             return False
 
         self._engine.set_traps(bytes(marks), traps)
@@ -133,6 +163,10 @@ class SideEffects:
         for code in forms:
             if every or takes(code):
                 marks[code] = TRAP
+
+    def _handled(self, forms: Iterable[int]) -> frozenset[int]:
+        takes = self._settings.handlers.takes
+        return frozenset(code for code in forms if takes(code))
 
     def float_control(self, name: str, value: int) -> None:
         """``mxcsr`` or ``fpcw`` was written."""
@@ -156,6 +190,43 @@ class SideEffects:
             'run with float_flags = "exact" if it looks at them'
         )
         self._stats.notices.append(Notice(registers.rip, text))
+
+    def x87_shown(self, insn: Insn) -> None:
+        """The guest reads the x87 status word by ``insn``: say so if flags may be missing there."""
+        registers = self._engine.registers
+        if self._x87_told or not self._x87_ran or registers.bank.read("fpsw") & FLAGS == FLAGS:
+            return
+        if insn.raw == FNSTSW_AX and self._conditions_only(registers.rip):
+            return
+        self._x87_told = True
+        text = (
+            "the guest reads the x87 status word, whose exception flags the fast path does not "
+            'set: run with float_flags = "exact" if it looks at them'
+        )
+        self._stats.notices.append(Notice(registers.rip, text))
+        self.apply()
+        self._changed()
+
+    def _conditions_only(self, rip: int) -> bool:
+        """Whether the code around the FNSTSW AX at RIP reads but condition codes."""
+        engine, bitness = self._engine, self._engine.bank.bitness
+        base = 0 if bitness == 64 else engine.bank.segment_base(CS)
+        try:
+            code = engine.memory.fetch(base + rip - 2 & _ADDRESS[bitness], 4 + MAX_LENGTH)
+        except (Fault, MmioRead):
+            return False
+        return reads_conditions_only(code[:2], code[4:], bitness)
+
+    def _shows_x87_flags(self, insn: Insn) -> bool:
+        """Whether an instruction that is being translated is to be trapped for what it shows."""
+        if insn.raw != FNSTSW_AX:
+            return True
+        memory = self._settings.memory
+        pages = (memory.read(number << 12, 4096) for number in memory.code_pages)
+        return not all_read_conditions_only(pages, insn.bitness)
+
+
+_ADDRESS: Final = {16: 0xFFFF_FFFF, 32: 0xFFFF_FFFF, 64: 0xFFFF_FFFF_FFFF_FFFF}
 
 
 def _replace(marks: bytearray, codes: Iterable[int], old: int, new: int) -> None:

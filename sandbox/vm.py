@@ -100,6 +100,7 @@ class Vm:
         self._engine = self._make_engine()
         self._engine.set_exit_on_failure(self._settings.exit_on_emulation_failure)
         self.vcpu = Vcpu(self._engine, self._settings)
+        self.vcpu.cpu.services["x87_shown"] = self.vcpu.side_effects.x87_shown
         self._apply()
         return self.vcpu
 

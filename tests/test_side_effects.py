@@ -99,6 +99,82 @@ def test_reading_untracked_flags_is_told_once_with_the_place() -> None:
         assert code == bytes.fromhex("0fae5f10")  # the first stmxcsr
 
 
+X87_DIVIDE = "fld dword ptr [rdi]; fdiv dword ptr [rdi+4]; fstp dword ptr [rdi+8];"
+COMPARE = "fld dword ptr [rdi]; fcomp dword ptr [rdi+4];"
+X87_READS = {
+    "fnstsw ax; and eax, 0x3d;": "dfe0",
+    "fnstsw ax; mov [rdi+16], ax;": "dfe0",
+    "fnstsw ax; test ah, 2;": "dfe0",  # C1
+    "fnstsw [rdi+16];": "dd7f10",
+    "fnstenv [rdi+16];": "d97710",
+    "fnsave [rdi+16];": "dd7710",
+    "fxsave [rdi+64];": "0fae4740",
+    "xor edx, edx; mov eax, 1; xsave [rdi+64];": "0fae6740",
+}
+
+
+@pytest.mark.parametrize("text", X87_READS)
+def test_reading_untracked_x87_flags_is_told_once_with_the_place(text: str) -> None:
+    raw = bytes.fromhex(X87_READS[text])
+    with booted(
+        f"mov rax, cr4; or eax, 0x40000; mov cr4, rax; {X87_DIVIDE} {text} {text}"
+    ) as found:
+        assert isinstance(found.vcpu.run(2), Hlt)
+        (notice,) = found.vcpu.stats.notices
+        assert "x87" in notice.text and 'float_flags = "exact"' in notice.text
+        assert found.vm.memory.read(notice.rip, len(raw)) == raw
+        code = found.vm.memory.read(BASE, notice.rip - BASE)
+        assert raw not in code, "the first of them"
+
+
+CONDITIONS = (
+    "fnstsw ax; sahf;",
+    "fnstsw ax; test ah, 0x45;",
+    "fnstsw ax; and ah, 0x44;",
+    "fnstsw ax; test eax, 0x4100;",
+    "fnstsw ax; fstp st(0); test ax, 0x4500;",
+    "fld1; fxam; fnstsw ax; test ah, 2;",
+)
+
+
+@pytest.mark.parametrize("text", CONDITIONS)
+def test_reading_x87_conditions_is_neither_trapped_nor_told(text: str) -> None:
+    with booted(X87_DIVIDE + COMPARE + text) as machine:
+        assert isinstance(machine.vcpu.run(2), Hlt)
+        assert machine.vcpu.stats.notices == []
+        assert "fnstsw" not in counts(machine)
+
+
+def test_conditions_near_code_that_reads_flags_are_not_told() -> None:
+    """Both are on one page, so that both are trapped; only the one that is run counts."""
+    text = f"{X87_DIVIDE} {COMPARE} fnstsw ax; sahf; ja over; fnstsw ax; and eax, 0x3d; over: nop;"
+    with booted(text.replace("0x3d", "1"), THREE, ONE) as machine:
+        assert isinstance(machine.vcpu.run(2), Hlt)
+        assert machine.vcpu.stats.notices == []
+
+
+@pytest.mark.parametrize("text", ["fnstsw [rdi+16];", "fld1; fnstsw [rdi+16];", X87_DIVIDE])
+def test_nothing_is_told_of_x87_where_nothing_is_missing(text: str) -> None:
+    with booted(text) as machine:
+        assert isinstance(machine.vcpu.run(2), Hlt)
+        assert machine.vcpu.stats.notices == []
+
+
+def test_exact_x87_has_the_flags_and_tells_nothing() -> None:
+    with booted(X87_DIVIDE + "fnstsw [rdi+16];", exactness="exact") as machine:
+        assert isinstance(machine.vcpu.run(2), Hlt)
+        assert u32(machine, 16) & 0xFFFF == 0x220  # PE, and C1: rounded up
+        assert machine.vcpu.stats.notices == []
+
+
+def test_readers_of_x87_flags_are_free_once_it_was_told() -> None:
+    loop = "mov ecx, 5; again:; fnstsw ax; and eax, 0x3d; loop again;"
+    with booted(X87_DIVIDE + loop) as machine:
+        assert isinstance(machine.vcpu.run(2), Hlt)
+        assert len(machine.vcpu.stats.notices) == 1
+        assert counts(machine)["fnstsw"] == 1
+
+
 @pytest.mark.parametrize("text", ["stmxcsr [rdi+16];", DIVIDE, "fxsave [rdi+64];"])
 def test_nothing_is_told_where_nothing_is_missing(text: str) -> None:
     with booted(text) as machine:
