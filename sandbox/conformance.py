@@ -183,21 +183,22 @@ def _fault_difference(native: Result, subject: Outcome, *, any_order: bool) -> s
 
 
 def _state_difference(insn: Insn, want: State, got: State, flags: int) -> str | None:
-    for name, a, b in zip(GPR_NAMES, want.gpr, got.gpr, strict=True):
-        if a != b:
-            return f"{name}: native {a:#x}, subject {b:#x}"
-    for bit, name in FLAG_NAMES.items():
-        if (want.rflags ^ got.rflags) & flags & bit:
-            return (
-                f"{name}: native {int(want.rflags & bit > 0)}, subject {int(got.rflags & bit > 0)}"
-            )
+    if want.gpr != got.gpr:
+        pairs = zip(GPR_NAMES, want.gpr, got.gpr, strict=True)
+        name, a, b = next((name, a, b) for name, a, b in pairs if a != b)
+        return f"{name}: native {a:#x}, subject {b:#x}"
+    differ = (want.rflags ^ got.rflags) & flags & (STATUS | DF)
+    if differ:
+        bit, name = next((bit, name) for bit, name in FLAG_NAMES.items() if differ & bit)
+        return f"{name}: native {int(want.rflags & bit > 0)}, subject {int(got.rflags & bit > 0)}"
     if want.vectors != got.vectors:
         found = _vector_difference(want.vectors, got.vectors)
         if found:
             return found
-    for number, (a, b) in enumerate(zip(want.opmask, got.opmask, strict=True)):
-        if a != b and _has_avx512():
-            return f"k{number}: native {a:#x}, subject {b:#x}"
+    if want.opmask != got.opmask and _has_avx512():
+        masks = zip(range(8), want.opmask, got.opmask, strict=True)
+        number, a, b = next((number, a, b) for number, a, b in masks if a != b)
+        return f"k{number}: native {a:#x}, subject {b:#x}"
     if want.mxcsr != got.mxcsr:
         return f"mxcsr: native {want.mxcsr:#x}, subject {got.mxcsr:#x}"
     if want.memory != got.memory:
