@@ -29,7 +29,7 @@ from typing import Final
 from sandbox.cpu import Fault
 from sandbox.decode import FORM_NAMES, MAX_LENGTH, Insn
 from sandbox.engine.protocol import Engine
-from sandbox.memory import MmioRead
+from sandbox.memory import PAGE_SIZE, MmioRead
 from sandbox.policy import ALLOW, ASK, TRAP, operand_kind
 from sandbox.registers import CS
 from sandbox.settings import Settings
@@ -136,7 +136,7 @@ class SideEffects:
         if exact or self._x87:
             self._trap(marks, x87_float_forms(), exact)
         _replace(marks, x87_raising_forms(), ALLOW, ASK)
-        readers = frozenset() if exact or self._x87_told else self._handled(status_forms())
+        readers = frozenset() if exact or self._x87_told else status_forms()
         _replace(marks, readers, ALLOW, ASK)
         aligned = frozenset(aligned_forms() if policy.alignment == "exact" else ())
         _replace(marks, aligned, ALLOW, ASK)
@@ -163,10 +163,6 @@ class SideEffects:
         for code in forms:
             if every or takes(code):
                 marks[code] = TRAP
-
-    def _handled(self, forms: Iterable[int]) -> frozenset[int]:
-        takes = self._settings.handlers.takes
-        return frozenset(code for code in forms if takes(code))
 
     def float_control(self, name: str, value: int) -> None:
         """``mxcsr`` or ``fpcw`` was written."""
@@ -219,11 +215,12 @@ class SideEffects:
 
     def _shows_x87_flags(self, insn: Insn) -> bool:
         """Whether an instruction that is being translated is to be trapped for what it shows."""
-        if insn.raw != FNSTSW_AX:
-            return True
-        memory = self._settings.memory
-        pages = (memory.read(number << 12, 4096) for number in memory.code_pages)
-        return not all_read_conditions_only(pages, insn.bitness)
+        if insn.raw == FNSTSW_AX:
+            memory = self._settings.memory
+            pages = (memory.read(number << 12, PAGE_SIZE) for number in memory.code_pages)
+            if all_read_conditions_only(pages, insn.bitness):
+                return False
+        return self._settings.handlers.takes(insn.code)
 
 
 _ADDRESS: Final = {16: 0xFFFF_FFFF, 32: 0xFFFF_FFFF, 64: 0xFFFF_FFFF_FFFF_FFFF}
