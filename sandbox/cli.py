@@ -72,6 +72,11 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
             help=f"{what}: left out on the fast path, or had from handlers (default: the policy's)",
         )
     parser.add_argument(
+        "--no-lowering",
+        action="store_true",
+        help="emulate every trapped instruction in its handler (default: the policy's word)",
+    )
+    parser.add_argument(
         "--mode", choices=("real", "protected", "long"), default="long", help="16, 32 or 64 bits"
     )
     parser.add_argument(
@@ -124,7 +129,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="SUITE",
         help="fastpath fallback operations startup scaling programs",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw the ratios: .png, .svg or .pdf (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--read", metavar="FILE", help="show the results in FILE instead of measuring"
+    )
     parser.add_argument(
         "--only", metavar="REGEX", default="", help='figures whose "suite name" matches'
     )

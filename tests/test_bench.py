@@ -5,8 +5,10 @@ No figure is compared with a limit: times belong to the machine.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,25 @@ from iced_x86 import Decoder, FlowControl
 
 from guests.samples import PREBUILTS
 from sandbox import KVM_CAP_EXIT_ON_EMULATION_FAILURE
-from sandbox.bench import programs, scaling
+from sandbox.bench import command, picture, programs, scaling
 from sandbox.bench.measure import Effort, Figure, Note, Result
 from sandbox.bench.suites import SUITES
 from sandbox.bench.table import Table, number, summary
 from sandbox.boot import boot_flat
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
+from sandbox.errors import SandboxError
 from sandbox.exits import Hlt
 from sandbox.handler import FunctionHandler, Pack
 from sandbox.vm import Vm
+from tests.command import Command
 
 TINY = Effort(rounds=1, scale=0.0001)
+
+
+@pytest.fixture
+def sandbox(capfd: pytest.CaptureFixture[str]) -> Command:
+    return Command(capfd)
 
 
 def check(results: list[Result], suite: str) -> None:
@@ -140,3 +149,94 @@ def test_block_code_is_of_as_many_blocks_as_asked() -> None:
     ]
     assert len(branches) == 50
     assert len(instructions) == 6 * 50 + 2
+
+
+RESULTS: list[Result] = [
+    Figure("fastpath", "alu", "ns", 2.0, 4.0, "unicorn", 2.0, 1.9, 2.1, "others"),
+    Figure("programs", "hash v1", "ms", 2.0, 1.0, "native", 0.5, 0.4, 0.6, "v1"),
+    Figure("programs", "hash v1", "ms", 2.0, 1.0, "bochs", 9.0, 0.4, 11.0, "v1"),
+    Note("programs", "", "qemu-x86_64", "left out"),
+    Note("programs", "hash v3", "unicorn", "refuses", "v3"),
+]
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    command.write_results(path, command.about(Effort()), RESULTS)
+    data, results = command.read_results(path)
+    assert results == RESULTS
+    assert data["machine"] and data["python"] and data["versions"]["unicorn"]
+
+
+def test_what_is_no_results_file_is_said_to_be(tmp_path: Path, sandbox: Command) -> None:
+    path = tmp_path / "results.json"
+    path.write_text('{"figures": 3}')
+    ran = sandbox("bench", "--read", path)
+    assert ran.status == 2
+    assert ran.line.startswith(f"{path}: no results of sandbox bench")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--only", "("), "no regular expression"),
+        (("--rounds", "0"), "--rounds must be 1 or more"),
+        (("--scale", "0"), "--scale above 0"),
+        (("nothing",), "no suite is named 'nothing'"),
+        (("--picture", "ratios.txt"), ".png, .svg, .pdf"),
+    ],
+)
+def test_wrong_options(options: tuple[str, ...], said: str, sandbox: Command) -> None:
+    ran = sandbox("bench", *options)
+    assert ran.status == 2
+    assert said in ran.line
+
+
+def test_command_prints_and_keeps_what_was_asked_for(tmp_path: Path, sandbox: Command) -> None:
+    path = tmp_path / "results.json"
+    ran = sandbox(
+        "bench", "fallback", "--only", "one trap, triv", "--scale", "0.001", "--rounds", "1",
+        "--json", path,
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert "fallback one trap, trivial" in ran.out
+    assert [figure["peer_name"] for figure in json.loads(path.read_text())["figures"]] == [
+        "hook that skips"
+    ]
+
+
+def test_every_result_has_a_row_in_the_picture() -> None:
+    frames = picture.panels(RESULTS)
+    assert [(panel.title, panel.rows) for panel in frames] == [
+        ("Loops of allowed instructions", ["alu"]),
+        ("C programs built for x86-64-v1", ["hash"]),
+        ("C programs built for x86-64-v3", ["hash"]),
+    ]
+    assert [panel.row("hash v1") for panel in frames[1:]] == ["hash", "hash"]
+    assert picture.columns(frames) == [[panel] for panel in frames]
+    assert picture.columns(frames[:1]) == [frames[:1]]
+
+
+@pytest.mark.parametrize("suffix", picture.FORMATS)
+def test_picture(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = tmp_path / f"ratios{suffix}"
+    picture.check(path)
+    picture.draw(RESULTS, "a machine", path)
+    assert path.stat().st_size > 1000
+
+
+def test_picture_without_matplotlib_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SandboxError, match="needs matplotlib: pip install"):
+        picture.check(tmp_path / "ratios.png")
+
+
+def test_suites_and_peers_are_explained() -> None:
+    text = Path(__file__).parents[1].joinpath("docs/benchmarks.md").read_text()
+    for name in SUITES:
+        assert f"| `{name}` |" in text
+    for peer in picture._COLOURS:
+        assert peer == "sandbox" or f"`{peer}" in text

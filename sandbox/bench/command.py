@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
+import time
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from sandbox.bench.measure import Effort, Figure, Note, Result
 from sandbox.bench.programs import versions
@@ -19,25 +22,43 @@ from sandbox.errors import SandboxError
 
 
 def bench_command(options: Namespace) -> int:
-    """Run the suites named (all by default), print a line per figure, write JSON if asked."""
+    """Run the suites named (all by default), or read the results of an earlier run; print a line
+    per figure, write JSON and draw the picture if asked."""
     effort = _effort(options)
     wanted = options.suite or list(SUITES)
     for name in wanted:
         if name not in SUITES:
             raise SandboxError(f"no suite is named {name!r}; there are: {', '.join(SUITES)}")
+    if options.picture:
+        from sandbox.bench import picture
+
+        picture.check(Path(options.picture))
     results: list[Result] = []
-    table = Table()
-    for name in wanted:
-        for result in SUITES[name](effort):
-            _clear_progress()
-            print(table.line(result), flush=True)
-            results.append(result)
-    _clear_progress()
+    data = about(effort)
+    try:
+        if options.read:
+            data, old = read_results(Path(options.read))
+            measured: Iterable[Result] = (result for result in old if result.suite in wanted)
+        else:
+            measured = (result for name in wanted for result in SUITES[name](effort))
+        _collect(measured, results)
+    finally:  # what was measured before an error or Ctrl-C is kept
+        _clear_progress()
+        if options.json:
+            write_results(Path(options.json), data, results)
     for line in summary(results):
         print(line)
-    if options.json:
-        Path(options.json).write_text(json.dumps(as_data(results, effort), indent=1) + "\n")
+    if options.picture and results:
+        picture.draw(results, caption(data), Path(options.picture))
     return 0
+
+
+def _collect(measured: Iterable[Result], results: list[Result]) -> None:
+    table = Table()
+    for result in measured:
+        _clear_progress()
+        print(table.line(result), flush=True)
+        results.append(result)
 
 
 def _effort(options: Namespace) -> Effort:
@@ -50,19 +71,44 @@ def _effort(options: Namespace) -> Effort:
     return Effort(options.rounds, options.scale, options.only)
 
 
-def as_data(results: list[Result], effort: Effort) -> dict[str, object]:
-    """What ``--json`` writes."""
+def about(effort: Effort) -> dict[str, Any]:
+    """What is written beside the results: the machine, the versions, and how was measured."""
     return {
-        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
         "machine": processor(),
+        "cores": os.cpu_count(),
         "kernel": platform.release(),
-        "unicorn": version("unicorn"),
+        "python": platform.python_version(),
         "versions": versions(),
         "rounds": effort.rounds,
         "scale": effort.scale,
-        "figures": [asdict(result) for result in results if isinstance(result, Figure)],
-        "notes": [asdict(result) for result in results if isinstance(result, Note)],
     }
+
+
+def write_results(path: Path, data: dict[str, Any], results: Iterable[Result]) -> None:
+    """Write ``data`` with the results as JSON."""
+    split: dict[str, list[dict[str, Any]]] = {"figures": [], "notes": []}
+    for result in results:
+        split["figures" if isinstance(result, Figure) else "notes"].append(asdict(result))
+    path.write_text(json.dumps({**data, **split}, indent=1) + "\n")
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """What :func:`write_results` wrote; the notes follow the figures of their suite."""
+    try:
+        data = json.loads(path.read_text())
+        results: list[Result] = [Figure(**figure) for figure in data.pop("figures")]
+        results += [Note(**note) for note in data.pop("notes")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SandboxError(f"{path}: no results of sandbox bench: {error}") from None
+    order = {name: place for place, name in enumerate(SUITES)}
+    return data, sorted(results, key=lambda result: order.get(result.suite, len(order)))
+
+
+def caption(data: dict[str, Any]) -> str:
+    """One line about the machine and the peers."""
+    known = ", ".join(f"{name} {text}" for name, text in data.get("versions", {}).items())
+    return f"{data.get('machine')}, {data.get('cores')} cores, Python {data.get('python')}; {known}"
 
 
 def _clear_progress() -> None:

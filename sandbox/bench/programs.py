@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,9 +95,9 @@ def missing(peer: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the peers that are installed."""
+    """Versions of the sandbox and of what is measured beside it, as far as installed."""
     found = {}
-    for package in sorted(set(_PACKAGE.values())):
+    for package in ("unicorn-fallback", *sorted(_PACKAGE.values())):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -104,7 +105,8 @@ def versions() -> dict[str, str]:
     for command in (QEMU, "gcc"):
         if shutil.which(command):
             shown = subprocess.run([command, "--version"], capture_output=True, text=True)
-            found[command] = shown.stdout.partition("\n")[0]
+            numbers = re.findall(r"\d+(?:\.\d+)+", shown.stdout)
+            found[command] = numbers[0] if numbers else "unknown"
     return found
 
 
