@@ -65,24 +65,37 @@ def _neighbours(ufunc: Callable[..., Any], reference: Reference) -> Plan:
 
 def _dot_product(form: Form, a: Lanes, b: Lanes, out: Lanes) -> Step:
     """The products that imm[7:4] selects, added in pairs, to the lanes that imm[3:0] selects."""
-    f, rows = FORMATS[a.itemsize], _blocks(out)
-    count = rows.shape[1]
+    f, count = FORMATS[a.itemsize], _blocks(out).shape[1]
     multiplied = [bool(form.imm >> 4 + i & 1) for i in range(count)]
-    written = [i for i in range(count) if form.imm >> i & 1]
-    products = np.zeros_like(out)
-    where = np.array(multiplied * len(rows))
-    stages = [partial(np.multiply, a, b, products, where=where)]
-    terms = _blocks(products)
-    while terms.shape[1] > 1:
-        sums = np.zeros((len(rows), terms.shape[1] // 2), out.dtype)
-        stages.append(partial(np.add, terms[:, 0::2], terms[:, 1::2], sums))
+    terms = np.zeros(len(out) + 1, out.dtype)  # the last lane is the zero
+    stages: list[Step] = [partial(np.multiply, a, b, terms[:-1])]
+    if not all(multiplied):
+        stages = [_masked_product(a, b, multiplied, terms[:-1])]
+    for _ in range(count.bit_length() - 1):
+        sums = np.zeros(len(terms) // 2 + 1, out.dtype)
+        stages.append(partial(np.add, terms[0:-1:2], terms[1:-1:2], sums[:-1]))
         terms = sums
-
-    def finish() -> None:
-        rows[:, written] = terms
-
+    zero = len(terms) - 1
+    lanes = [i // count if form.imm >> i % count & 1 else zero for i in range(len(out))]
+    finish = partial(terms.take, np.array(lanes), None, out, "clip")
     exact = _bind_dot_product(f, a, b, multiplied, form.imm)
     return bind_float(form.cpu, stages, exact, out, finish)
+
+
+def _masked_product(a: Lanes, b: Lanes, wanted: list[bool], out: Lanes) -> Step:
+    """Products of the wanted lanes of each block, zeros elsewhere."""
+    bits_a, bits_b = bits_of(a), bits_of(b)
+    ones = (1 << 8 * a.itemsize) - 1
+    mask = np.array([ones * w for w in wanted] * (len(a) // len(wanted)), bits_a.dtype)
+    left, right = np.empty_like(bits_a), np.empty_like(bits_b)
+    multiply = partial(np.multiply, left.view(a.dtype), right.view(b.dtype), out)
+
+    def stage() -> None:
+        np.bitwise_and(bits_a, mask, left)
+        np.bitwise_and(bits_b, mask, right)
+        multiply()
+
+    return stage
 
 
 def _bind_dot_product(f: Format, a: Lanes, b: Lanes, multiplied: list[bool], imm: int) -> Exact:
