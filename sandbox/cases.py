@@ -184,7 +184,8 @@ class Cases:
     """A source of states for one instruction. The same seed gives the same states.
 
     ``faults``: some memory operands lie where they fault. ``mxcsr``: values to choose from
-    instead of random rounding modes, FTZ, DAZ, flags, and (for float instructions) masks.
+    instead of random rounding modes, FTZ, DAZ, flags, and (for float instructions) masks; then the
+    x87 unit, too, is asked for full precision and masked exceptions only.
     """
 
     def __init__(
@@ -265,9 +266,19 @@ class Cases:
             state.st[number] = rng.getrandbits(1) << 79 | exponent << 64 | integer_bit << 63
             state.st[number] |= fraction
         state.fpcw = 0x37F & ~0xC00 | rng.randrange(4) << 10
+        if self.mxcsr is None:
+            self._narrow_x87(state)
         state.fpsw = rng.randrange(8) << 11 | rng.getrandbits(4) << 8
         top = state.fpsw >> 11 & 7
         state.fptag = full_tags(self._used_registers(top), top, state.st)
+
+    def _narrow_x87(self, state: State) -> None:
+        """Sometimes a lower precision, sometimes exceptions that are not masked."""
+        kind = self.rng.random()
+        if kind < 0.2:
+            state.fpcw = state.fpcw & ~0x300 | self.rng.choice((0, 0x200))
+        elif kind < 0.35:
+            state.fpcw &= ~self.rng.getrandbits(6)
 
     def _used_registers(self, top: int) -> int:
         """A bit for each physical register: mostly there is room for a push, sometimes none,

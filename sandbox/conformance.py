@@ -37,6 +37,8 @@ _ICED_FLAGS = {
 _TRANSCENDENTAL = frozenset("f2xm1 fyl2x fyl2xp1 fpatan fptan fsin fcos fsincos".split())
 """Instructions whose last bit, and C1 (which way it was rounded), are the processor's own."""
 _C1 = 0x200
+_DENORMAL = 2
+"""The denormal exception in the x87 words."""
 _ERROR_BITS = 0x13
 """Of #PF: present, write, fetch; the user bit depends on where one runs, and whether the host's
 kernel has something at an address in its half is its own affair."""
@@ -96,10 +98,12 @@ def is_undefined(insn: Insn, state: State) -> bool:
     16-bit SHLD and SHRD by more than 16; BSF and BSR of 0; MASKMOVDQU and MASKMOVQ with an empty
     mask (which may or may not fault); LDMXCSR of a bit that one maker has (17, AMD's misaligned
     exception mask) and the other reserves; SHA with a misaligned memory operand (#GP by the SDM,
-    AMD's do not mind).
+    AMD's do not mind); FLD from memory with denormals unmasked (AMD's push them, Intel's do not).
     """
     if insn.mnemonic in ("bsf", "bsr"):
         return _source_is_zero(insn, state)
+    if insn.form in ("FLD_M32FP", "FLD_M64FP"):
+        return not state.fpcw & _DENORMAL
     if insn.mnemonic == "maskmovq":
         number = RegisterInfo(insn.iced.op2_register).number
         mask_bits = state.st[number - (state.fpsw >> 11) & 7]
