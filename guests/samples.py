@@ -18,6 +18,8 @@ SOURCES = Path(__file__).with_name("c")
 LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3")
 """Values of gcc's ``-march`` (the x86-64 psABI's microarchitecture levels)."""
 OPTIMIZATIONS = ("O2", "O3")
+FAST_MATH = "-ffast-math"
+"""An option for the compiler; its startup code sets FTZ and DAZ in MXCSR."""
 PREBUILTS = {
     name: SOURCES / "prebuilt" / f"{name}-x86-64-v3-O3-musl-gcc" for name in ("demo", "sort")
 }
@@ -42,6 +44,7 @@ _PROSE = (
 _PLAIN = (Run(),)
 
 SAMPLES: dict[str, tuple[Run, ...]] = {
+    "decay": _PLAIN,
     "demo": _PLAIN,
     "dot": _PLAIN,
     "hash": _PLAIN,
@@ -96,7 +99,8 @@ def build(
             f"cannot build {source.name}: compiler {compiler!r} not found; install it "
             f"(Debian: apt install gcc libc6-dev) or run the prebuilt guest {PREBUILT}"
         )
-    target = Path(outdir) / f"{name}-{level}-{opt}-{compiler}"
+    kind = "-fast-math" if FAST_MATH in options else ""
+    target = Path(outdir) / f"{name}-{level}-{opt}-{compiler}{kind}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,7 +1,8 @@
 """The sample programs, run in the sandbox, print exactly what they print natively.
 
-By default each sample runs once, built for x86-64-v3 at -O3; ``python -m tests.test_programs`` runs
-all samples at every level, optimization and compiler, under the policy given (a few minutes).
+By default each sample runs once, built for x86-64-v3 at -O3, and some with -ffast-math as well;
+``python -m tests.test_programs`` runs all samples at every level, optimization and compiler, with
+and without -ffast-math, under the policy given (a few minutes).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from guests.samples import LEVELS, OPTIMIZATIONS, PREBUILTS, SAMPLES, Run, build
+from guests.samples import FAST_MATH, LEVELS, OPTIMIZATIONS, PREBUILTS, SAMPLES, Run, build
 from tests.test_guests_c import execute, native_levels, static_libc
 
 HERE = Path(__file__).resolve().parent.parent
@@ -55,6 +56,26 @@ def test_sample_built_for_v3_prints_what_it_prints_natively(name: str, tmp_path:
         check(program, run)
 
 
+@needs_v3
+@pytest.mark.parametrize("name", ["decay", "dot", "nbody", "sort"])
+def test_sample_with_fast_math_prints_what_it_prints_natively(name: str, tmp_path: Path) -> None:
+    """Its startup code sets FTZ and DAZ, so that no float form is left on the fast path."""
+    if not static_libc("gcc"):
+        pytest.skip("gcc is not installed, or has no static libc")
+    program = build(name, "x86-64-v3", "O3", tmp_path, options=(FAST_MATH,))
+    for run in SAMPLES[name]:
+        check(program, run)
+
+
+@needs_v3
+def test_the_sample_of_decay_shows_whether_denormals_count(tmp_path: Path) -> None:
+    if not static_libc("gcc"):
+        pytest.skip("gcc is not installed, or has no static libc")
+    programs = [build("decay", "x86-64-v3", "O3", tmp_path, options=o) for o in ((), (FAST_MATH,))]
+    outputs = [sandboxed(program, Run())[1] for program in programs]
+    assert [output.split()[-1] for output in outputs] == [b"1", b"0"]
+
+
 @pytest.mark.parametrize("level", LEVELS[:2])
 def test_string_sample_prints_the_same_at_lower_levels(level: str, tmp_path: Path) -> None:
     """At these levels no AVX is compiled in, but glibc's own dispatch takes its AVX2 paths."""
@@ -81,6 +102,7 @@ def programs(folder: Path) -> Iterator[tuple[str, Path]]:
             for level in native_levels():
                 for opt in OPTIMIZATIONS:
                     yield name, build(name, level, opt, folder, compiler)
+                yield name, build(name, level, "O3", folder, compiler, (FAST_MATH,))
 
 
 def campaign(options: list[str]) -> int:
