@@ -22,6 +22,7 @@ Run = Callable[[str, Sequence[str], Mapping[str, str]], Outcome]
 
 EMULATORS = {
     "sandbox": ("sandbox.bench.ours", "run"),
+    "kvm": ("sandbox.bench.ours", "run_kvm"),
     "bochs": ("sandbox.bench.peer_bochs", "run"),
     "unicorn": ("sandbox.bench.peer_unicorn", "run"),
 }

@@ -8,12 +8,14 @@ from sandbox import abi
 from sandbox.bench.outcome import Outcome
 from sandbox.process import boot_process, process_status
 from sandbox.run import DEFAULT_PACKS
-from sandbox.vm import DEFAULT_POLICY, Vm
+from sandbox.vm import DEFAULT_ENGINE, DEFAULT_POLICY, Vm
 
 
-def run(program: str, argv: Sequence[str], env: Mapping[str, str]) -> Outcome:
+def run(
+    program: str, argv: Sequence[str], env: Mapping[str, str], engine: str = DEFAULT_ENGINE
+) -> Outcome:
     """Run ``program`` under the default policy with the default handlers."""
-    with Vm(DEFAULT_POLICY, (*DEFAULT_PACKS, "linux")) as vm:
+    with Vm(DEFAULT_POLICY, (*DEFAULT_PACKS, "linux"), engine=engine) as vm:
         vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
         machine = boot_process(vm, program, argv, env)
         left = machine.vcpu.run()
@@ -22,3 +24,8 @@ def run(program: str, argv: Sequence[str], env: Mapping[str, str]) -> Outcome:
     if ended is None:
         return Outcome(refused=str(left), traps=traps)
     return Outcome(status=ended[0], refused=ended[1], traps=traps)
+
+
+def run_kvm(program: str, argv: Sequence[str], env: Mapping[str, str]) -> Outcome:
+    """The same under Linux KVM."""
+    return run(program, argv, env, "kvm")

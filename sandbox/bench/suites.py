@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sandbox import abi
 from sandbox.bench import bare
+from sandbox.bench.kvm import kvm
 from sandbox.bench.loops import (
     FASTPATH,
     NEW_INSTRUCTION,
@@ -198,4 +199,5 @@ SUITES: dict[str, Callable[[Effort], Iterator[Result]]] = {
     "startup": startup,
     "scaling": scaling,
     "programs": programs,
+    "kvm": kvm,
 }

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Final
+from typing import ClassVar, Final
 
 from sandbox import abi
 from sandbox.cpuid import FEATURE_BITS, CpuidModel
@@ -57,6 +57,10 @@ class KvmEngine:
     """A VM of the kernel's with one vCPU. ``cpuid`` gives what the guest is to be told, when it
     first runs. Create it in the main thread, where Python can set a signal handler."""
 
+    share_registers: ClassVar[bool] = True
+    """Whether to have the kernel leave registers in ``kvm_run`` if it can (KVM_CAP_SYNC_REGS). Not
+    doing so is for measuring what it saves."""
+
     def __init__(self, physical: PhysicalMemory, cpuid: Callable[[], CpuidModel]) -> None:
         _catch_kicks()
         self._physical = physical
@@ -69,7 +73,7 @@ class KvmEngine:
             self._vm = create_vm(device)
             self._vcpu, shared = create_vcpu(device, self._vm)
             self.page = RunPage(shared)
-            synced = device.has(abi.KVM_CAP_SYNC_REGS) & 3 == 3
+            synced = self.share_registers and device.has(abi.KVM_CAP_SYNC_REGS) & 3 == 3
             self._bank = KvmBank(self._vcpu, self.page, synced, self.supported)
             self._bank.start()
             self._bank.registers.gpr[2] = 0  # RDX tells the processor's model after reset: ours
