@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ from iced_x86 import Decoder, FlowControl
 from guests.samples import PREBUILTS
 from sandbox import KVM_CAP_EXIT_ON_EMULATION_FAILURE
 from sandbox.bench import command, picture, programs, scaling
-from sandbox.bench.measure import Effort, Figure, Note, Result
+from sandbox.bench.measure import (
+    TARGET_SECONDS,
+    Effort,
+    Figure,
+    Note,
+    Result,
+    compare_all,
+)
 from sandbox.bench.suites import SUITES
 from sandbox.bench.table import Table, number, summary
 from sandbox.boot import boot_flat
@@ -123,7 +131,20 @@ def test_count_of_iterations_grows_until_a_run_is_long_enough() -> None:
 
     assert Effort().per_iteration(run)() == pytest.approx(1e-6)
     assert counts == sorted(counts)
-    assert 0.15 <= counts[-1] * 1e-6 < 0.5
+    assert TARGET_SECONDS <= counts[-1] * 1e-6 < 4 * TARGET_SECONDS
+
+
+def test_rounds_alternate_in_order_and_ratios_are_of_neighbours() -> None:
+    order: list[str] = []
+
+    def run(name: str, seconds: float) -> float:
+        order.append(name)
+        return seconds
+
+    peers = {"slow": partial(run, "slow", 4.0), "fast": partial(run, "fast", 1.0)}
+    figures = list(compare_all("suite", "name", "s", 1, partial(run, "ours", 2.0), peers, 2))
+    assert order == "ours slow fast ours slow fast fast slow ours".split()
+    assert [(figure.peer_name, figure.ratio) for figure in figures] == [("slow", 2), ("fast", 0.5)]
 
 
 @pytest.mark.parametrize("count", [1, 3])

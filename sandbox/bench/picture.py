@@ -23,6 +23,7 @@ _TITLES = {
     "operations": "Single instructions in handlers",
     "startup": "Starting up",
     "scaling": "Scaling",
+    "kvm": "The engine kvm",
     "programs": "C programs",
 }
 _COLOURS = {

@@ -98,7 +98,7 @@ def _fastpath(loop: Loop, effort: Effort) -> Iterator[Result]:
     }
     return compare_all(
         "fastpath", loop.name, "ns/iteration", 1e9, timed(ours(loop)), peers,
-        effort.rounds or 11, "stores" if loop.stores else "others",
+        effort.rounds or 41, "stores" if loop.stores else "others",
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def _fallback(
     peers = {peer: timed(theirs(loop, hook)) for peer, hook in hooks.items()}
     return compare_all(
         "fallback", name, "ns/trap", 1e9 / traps, timed(ours(loop, *packs)), peers,
-        effort.rounds or 9,
+        effort.rounds or 21,
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def _operation(name: str, effort: Effort) -> Iterator[Result]:
     peers = {"trivial handler": timed(ours(RUN_OF_TRAPS, TRIVIAL))}
     return compare_all(
         "operations", name, "ns/trap", 1e9 / RUN,
-        timed(ours(run_of(name, name), "integer", "avx2")), peers, effort.rounds or 5,
+        timed(ours(run_of(name, name), "integer", "avx2")), peers, effort.rounds or 11,
     )  # fmt: skip
 
 
