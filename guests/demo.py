@@ -51,6 +51,7 @@ def run_sandboxed(program: Path) -> SandboxRun:
         Vm(handlers=[*DEFAULT_PACKS, "linux"]) as vm,
     ):
         vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
+        vm.settings.count_lowered = True
         files = Files.standard(null.fileno(), out.fileno(), null.fileno())
         machine = boot_process(vm, program, files=files)
         left = machine.vcpu.run(TIMEOUT_SECONDS)

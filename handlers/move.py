@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from handlers.lowered import rule_of
 from handlers.operands import Form, Place, bind_avx_guard
 from handlers.vector import (
     Extent,
@@ -27,6 +28,7 @@ from handlers.vector import (
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
 from sandbox.handler import Action, Handler
+from sandbox.lowering import Rule
 
 
 def _two_operands(form: Form) -> bool:
@@ -56,6 +58,9 @@ class Move(Handler):
         if source.is_memory:
             return _load(form, target, size)
         return _copy(form, target, source, size)
+
+    def lowering(self, insn: Insn) -> Rule | None:
+        return rule_of(insn)
 
 
 def _store(form: Form, source: memoryview) -> Action:
@@ -136,6 +141,9 @@ class ZeroRegisters(Handler):
             part.fill(0)
 
         return zero
+
+    def lowering(self, insn: Insn) -> Rule | None:
+        return rule_of(insn)
 
 
 ZEROING = [ZeroRegisters("vzeroupper", 16), ZeroRegisters("vzeroall", 0)]

@@ -50,11 +50,13 @@ from typing import Any
 
 from iced_x86 import EncodingKind
 
+from handlers.lowered import rule_of
 from handlers.operands import Form, Place, Step, UnsupportedFormError, scratch
 from handlers.signature import LaneType, Signature
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
 from sandbox.handler import Action, Handler
+from sandbox.lowering import Rule
 from sandbox.registers import AF, CF, OF, PF, SF, VECTOR_BYTES, ZF
 
 STATUS_FLAGS = CF | PF | AF | ZF | SF | OF
@@ -96,6 +98,9 @@ class Operation(Handler):
         if self.signature.destination is None:
             return self._bind_flags(form, sources)
         return self._bind_result(form, sources, self.signature.destination)
+
+    def lowering(self, insn: Insn) -> Rule | None:
+        return rule_of(insn)
 
     def _sources(self, form: Form) -> list[Place]:
         """The last operands; ``pblendvb`` and its like have XMM0 as one that is not spelled."""

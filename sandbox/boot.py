@@ -174,7 +174,7 @@ def enter_long_mode(machine: Machine, space: AddressSpace) -> None:
     """Turn on 4-level paging with ``space`` and the no-execute bit."""
     bank = _bank(machine)
     bank.write("cr3", space.root)
-    machine.vm.engine.trusted_root = space.root
+    machine.vm.engine.trust(space)
     bank.write("efer", EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
     _control(machine, CR0_PE | CR0_WP | CR0_PG, CR4_PAE | CR4_FSGSBASE)
 

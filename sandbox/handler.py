@@ -25,6 +25,7 @@ from iced_x86 import EncodingKind
 if TYPE_CHECKING:
     from sandbox.cpu import Cpu
     from sandbox.decode import Insn
+    from sandbox.lowering import Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,10 @@ class Handler:
     def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
         """Return what to run for ``insn``, or None to decline it for good."""
         raise NotImplementedError
+
+    def lowering(self, insn: Insn) -> Rule | None:
+        """How the fast path may do what ``bind`` would, if it may: see :mod:`sandbox.lowering`."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ A policy file::
     unhandled = "inject"        # when no handler takes a trapped instruction: inject | exit | skip
     float_flags = "lazy"        # what the fast path leaves out of MXCSR: see sandbox.side_effects
     alignment = "lazy"          # #GP of misaligned SSE operands, left out in the same way
+    lowering = true             # trapped instructions may run as sequences of allowed ones
 
     [[rule]]
     action = "trap"             # or "allow"
@@ -52,7 +53,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "float_flags": get_args(Exactness),
     "alignment": get_args(Exactness),
 }
-_TOP_KEYS = ("extends", *_CHOICES, "rule")
+_TOP_KEYS = ("extends", *_CHOICES, "lowering", "rule")
 _SELECTORS = ("feature", "mnemonic", "form", "bytes")
 _OPERANDS = ("memory", "register")
 _RULE_KEYS = ("action", "comment", "operands", *_SELECTORS)
@@ -119,12 +120,15 @@ class Policy:
         unhandled: Unhandled = "inject",
         float_flags: Exactness = "lazy",
         alignment: Exactness = "lazy",
+        lowering: bool = True,
     ) -> None:
         self.name = name
         self.rules = tuple(rules)
         self.unhandled: Unhandled = unhandled
         self.float_flags: Exactness = float_flags
         self.alignment: Exactness = alignment
+        self.lowering = lowering
+        """Whether a trapped instruction may become a sequence of allowed ones."""
         self._deciding = _deciding_rules(self.rules)
         """By form: the number of the last rule that holds whatever the operands, or -1."""
         self.allowed = bytes(i >= 0 and self.rules[i].allow for i in self._deciding)
@@ -159,18 +163,25 @@ class Policy:
 
     def with_unhandled(self, unhandled: Unhandled) -> Policy:
         """The same rules with another answer to unhandled instructions."""
-        return Policy(self.name, self.rules, unhandled, self.float_flags, self.alignment)
+        return Policy(
+            self.name, self.rules, unhandled, self.float_flags, self.alignment, self.lowering
+        )
 
     def with_exactness(
-        self, float_flags: Exactness | None = None, alignment: Exactness | None = None
+        self,
+        float_flags: Exactness | None = None,
+        alignment: Exactness | None = None,
+        lowering: bool | None = None,
     ) -> Policy:
-        """The same rules with other choices about side effects; None leaves a choice as it is."""
+        """The same rules with other choices about side effects and lowering; None leaves a choice
+        as it is."""
         return Policy(
             self.name,
             self.rules,
             self.unhandled,
             float_flags or self.float_flags,
             alignment or self.alignment,
+            self.lowering if lowering is None else lowering,
         )
 
     def deciding(self, code: int) -> int:
@@ -319,7 +330,16 @@ def _parse(text: str, filename: str, folder: Path | None, chain: tuple[str, ...]
     base = _base(source, folder, (*chain, filename)) if "extends" in table else None
     choices = {key: _choice(source, key, base) for key in _CHOICES}
     rules = (*(base.rules if base else ()), *_rules(source))
-    return Policy(Path(filename).stem, rules, **cast(Any, choices))
+    lowering = _lowering(source, base)
+    return Policy(Path(filename).stem, rules, **cast(Any, choices), lowering=lowering)
+
+
+def _lowering(source: PolicySource, base: Policy | None) -> bool:
+    value = source.table.get("lowering", base.lowering if base else True)
+    if not isinstance(value, bool):
+        reason = f"lowering is {value!r}, want true or false"
+        source.fail(source.line_of_key("lowering"), reason)
+    return bool(value)
 
 
 def _choice(source: PolicySource, key: str, base: Policy | None) -> str:

@@ -51,20 +51,25 @@ def stats_data(stats: Stats) -> dict[str, Any]:
         "fast_path_seconds": stats.fast_seconds,
         "fallback_seconds": stats.fallback_seconds,
         "fallback_count": stats.fallback_count,
+        "lowered_count": sum(stats.lowered.values()),
     }
 
 
 def report_data(left: Any, status: int, registers: Registers, stats: Stats) -> dict[str, Any]:
     """The whole report, ready for JSON."""
-    ranked = sorted(stats.by_mnemonic.items(), key=lambda item: (-item[1], item[0]))
     return {
         "report_version": REPORT_VERSION,
         "exit": exit_data(left, status),
         "registers": registers_data(registers),
         "stats": stats_data(stats),
-        "by_mnemonic": dict(ranked),
+        "by_mnemonic": _ranked(stats.by_mnemonic),
+        "lowered": _ranked(stats.lowered),
         "notices": [{"rip": f"{n.rip:#x}", "text": n.text} for n in stats.notices],
     }
+
+
+def _ranked(counts: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def write_report(path: Path, data: dict[str, Any]) -> None:

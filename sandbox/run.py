@@ -52,7 +52,8 @@ def make_vm(options: Namespace, kind: Kind) -> Vm:
     policy = Policy.load(options.policy)
     if options.unhandled:
         policy = policy.with_unhandled(options.unhandled)
-    policy = policy.with_exactness(options.float_flags, options.alignment)
+    lowering = False if options.no_lowering else None
+    policy = policy.with_exactness(options.float_flags, options.alignment, lowering)
     wanted = list(options.handlers)
     if "none" in wanted:
         wanted = [name for name in wanted if name != "none"]
@@ -61,9 +62,12 @@ def make_vm(options: Namespace, kind: Kind) -> Vm:
         if kind is Kind.ELF and "linux" not in wanted:
             wanted.append("linux")
     engine = getattr(options, "engine", DEFAULT_ENGINE)
-    if engine == "kvm" and "none" not in options.handlers and "system" not in wanted:
-        wanted.append("system")  # what KVM cannot emulate may be any instruction
+    any_level = engine == "kvm" or kind is Kind.MULTIBOOT
+    if any_level and "none" not in options.handlers and "system" not in wanted:
+        wanted.append("system")  # what is not run may be any instruction of a kernel
     vm = Vm(policy, wanted, engine=engine)
+    shown = (getattr(options, name, None) for name in ("summary", "trace", "report"))
+    vm.settings.count_lowered = any(shown)
     vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
     return vm
 

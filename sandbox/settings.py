@@ -25,6 +25,8 @@ class Settings:
     emulator: HandlerTable = field(default_factory=HandlerTable)
     """For instructions that touch MMIO: what KVM's own emulator would do."""
     intercepted: bytes = field(default_factory=intercepted_forms)
+    count_lowered: bool = False
+    """Whether executions of lowered instructions are counted, at a cost."""
     interruptible: bool = False
     """Whether the machine has interrupt controllers."""
 

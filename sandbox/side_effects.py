@@ -29,6 +29,7 @@ from typing import Final
 from sandbox.cpu import Fault
 from sandbox.decode import FORM_NAMES, MAX_LENGTH, Insn
 from sandbox.engine.protocol import Engine
+from sandbox.lowering import Rule
 from sandbox.memory import PAGE_SIZE, MmioRead
 from sandbox.policy import ALLOW, ASK, TRAP, operand_kind
 from sandbox.registers import CS
@@ -155,7 +156,14 @@ class SideEffects:
             self._x87_ran = self._x87_ran or insn.code in raising
             return False
 
-        self._engine.set_traps(bytes(marks), traps)
+        lowered = self._lowered if policy.lowering else None
+        count = self._settings.count_lowered
+        self._engine.set_traps(bytes(marks), traps, lowered, count=count)
+
+    def _lowered(self, insn: Insn) -> Rule | None:
+        """How ``insn`` is lowered: as the handler says that would emulate it."""
+        found = self._settings.handlers.find(insn)
+        return found[0].lowering(insn) if found else None
 
     def _trap(self, marks: bytearray, forms: Iterable[int], every: bool) -> None:
         """Trap float forms: every one, or those that a handler takes."""

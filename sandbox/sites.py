@@ -151,7 +151,7 @@ class Sites:
             insn = self.instruction(rip)
         except (Fault, MmioRead):
             return False
-        if insn.code and self._engine.traps(insn):
+        if insn.code and self._engine.traps(insn) and not self._engine.lowers(insn):
             return True
         self.not_trapped.add(rip)
         return False

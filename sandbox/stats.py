@@ -24,6 +24,10 @@ class Stats:
     fallback_seconds: float = 0.0
     fallback_count: int = 0
     by_mnemonic: dict[str, int] = field(default_factory=dict)
+    lowered_sites: dict[str, int] = field(default_factory=dict)
+    """How many trapped instructions run as sequences of allowed ones, by mnemonic."""
+    lowered: dict[str, int] = field(default_factory=dict)
+    """How often these ran, if ``Settings.count_lowered`` was set; not part of the fallback."""
     notices: list[Notice] = field(default_factory=list)
     """What the user should know about this run's exactness."""
 

@@ -43,11 +43,20 @@ def summary(stats: Stats) -> Iterator[str]:
     if stats.fallback_count:
         each = stats.fallback_seconds / stats.fallback_count
         yield f"              {each * 1e6:9.2f} us each"
-    ranked = sorted(stats.by_mnemonic.items(), key=lambda item: -item[1])
+    yield from _ranking(stats.by_mnemonic)
+    if stats.lowered_sites:
+        sites, runs = sum(stats.lowered_sites.values()), sum(stats.lowered.values())
+        yield f"lowered       {runs:>9} instructions, on the fast path, at {sites} places"
+        yield from _ranking(stats.lowered)
+    for notice in stats.notices:
+        yield f"notice: {notice}"
+
+
+def _ranking(counts: dict[str, int]) -> Iterator[str]:
+    """The most frequent mnemonics, and the sum of the others."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     for name, count in ranked[:TOP]:
         yield f"  {name:<16} {count:>12}"
     if len(ranked) > TOP:
         rest = sum(count for _name, count in ranked[TOP:])
         yield f"  {len(ranked) - TOP} others {'':>5} {rest:>12}"
-    for notice in stats.notices:
-        yield f"notice: {notice}"

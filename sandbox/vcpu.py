@@ -99,6 +99,7 @@ class Vcpu:
             self._asked, self._end = False, None
             self.engine.sync()
             self.stats.by_mnemonic = self._sites.counts()
+            self.stats.lowered_sites, self.stats.lowered = map(dict, self.engine.lowered())
 
     def request_stop(self) -> None:
         """Make :meth:`run` (or the next) return :class:`~sandbox.exits.Intr`; from any thread."""

@@ -51,6 +51,8 @@ class Patch:
     offset: int
     original: bytes
     trap: bytes
+    plain: Patch | None = None
+    """The trap that stands in for it if Unicorn does not end the block where it should."""
 
     def apply(self) -> None:
         """Put the trap in place, where Unicorn does not see the write."""
@@ -125,7 +127,7 @@ class Allowlist:
         """A block that ends in a trap: none, unless Unicorn went another way to its end."""
         if patch.block + size == patch.linear + len(patch.trap) and count == patch.count:
             return None
-        return self._patch(patch.block, patch.block, 1)
+        return patch.plain or self._patch(patch.block, patch.block, 1)
 
     def _code(self, start: int, size: int) -> bytes:
         """The block's bytes, and up to 15 more for the instruction that Unicorn cut short."""

@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 from typing import ClassVar, Final
@@ -32,6 +33,7 @@ from sandbox.engine.kvm_trampoline import Trampoline
 from sandbox.engine.protocol import Stop
 from sandbox.errors import EngineError
 from sandbox.exits import EmulationFailure, Exit, Hlt, RunPage, read_exit
+from sandbox.lowering import Rule
 from sandbox.memory import PhysicalMemory, Slot
 from sandbox.paging import CR0_PG, AddressSpace, PagedMemory, Walker
 
@@ -93,7 +95,7 @@ class KvmEngine:
         self.system_memory = PagedMemory(walker, physical, implicit=True)
         self.on_float_control: Callable[[str, int], None] = _ignore
         """Never called: the processor has all of MXCSR and the x87 control word."""
-        self.trusted_root: int | None = None
+        self._trusted_root: int | None = None
         self.vector = self.error_code = self.generation = 0
         self.left: Exit | None = None
         self.trampoline: Trampoline | None = None
@@ -285,10 +287,26 @@ class KvmEngine:
 
     # -- what only the engine of the policy does ------------------------------------------------
 
-    def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
+    def set_traps(
+        self,
+        traps: bytes,
+        traps_insn: Callable[[Insn], bool] | None = None,
+        lowered: Callable[[Insn], Rule | None] | None = None,
+        *,
+        count: bool = False,
+    ) -> None:
         """Nothing: KVM has no allowlist."""
 
+    def lowered(self) -> tuple[Counter[str], Counter[str]]:
+        return Counter(), Counter()
+
+    def trust(self, space: AddressSpace) -> None:
+        self._trusted_root = space.root
+
     def traps(self, insn: Insn) -> bool:
+        return False
+
+    def lowers(self, insn: Insn) -> bool:
         return False
 
     def tick(self) -> None:
@@ -306,7 +324,7 @@ class KvmEngine:
         if self._untrusted or state != self._controlled:
             self._controlled = state
             paged = self._bank.read("cr0") & CR0_PG
-            self._untrusted = bool(paged) and self._bank.read("cr3") != self.trusted_root
+            self._untrusted = bool(paged) and self._bank.read("cr3") != self._trusted_root
             self._flush()
 
     def _flush(self) -> None:

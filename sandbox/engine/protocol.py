@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol
 
 from sandbox.decode import Insn
 from sandbox.exits import Exit, RunPage
+from sandbox.lowering import Rule
 from sandbox.paging import AddressSpace, PagedMemory
 from sandbox.registers import Bank, Registers
 
@@ -43,8 +45,6 @@ class Engine(Protocol):
     registers: Registers
     page: RunPage
     """What the vCPU shares with its user."""
-    trusted_root: int | None
-    """CR3 of page tables that only the machine changes."""
     left: Exit | None
     """After ``Stop.EXIT``: the exit."""
     on_float_control: Callable[[str, int], None]
@@ -69,12 +69,29 @@ class Engine(Protocol):
         """Make :meth:`enter` come back soon; may be called from any thread."""
         ...
 
-    def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
+    def trust(self, space: AddressSpace) -> None:
+        """``space`` holds page tables that only the machine changes."""
+        ...
+
+    def set_traps(
+        self,
+        traps: bytes,
+        traps_insn: Callable[[Insn], bool] | None = None,
+        lowered: Callable[[Insn], Rule | None] | None = None,
+        *,
+        count: bool = False,
+    ) -> None:
         """Which forms (indexed by iced-x86 ``Code``) are never run; takes effect at once.
 
         Items are ``policy.ALLOW``, ``TRAP`` or ``ASK``: of the latter forms ``traps_insn`` is asked
-        about each instruction when its block is translated.
+        about each instruction when its block is translated. ``lowered``: how a trapped instruction
+        may be lowered, if it may; an engine that cannot do so ignores it. ``count``: count how
+        often lowered instructions run.
         """
+        ...
+
+    def lowered(self) -> tuple[Counter[str], Counter[str]]:
+        """By mnemonic: how many instructions are lowered, and how often they ran, if counted."""
         ...
 
     def flush_translations(self) -> None:
@@ -103,6 +120,10 @@ class Engine(Protocol):
 
     def traps(self, insn: Insn) -> bool:
         """Whether ``insn`` would be trapped, going by its form and its bytes."""
+        ...
+
+    def lowers(self, insn: Insn) -> bool:
+        """Whether ``insn``, which is trapped, may run as a sequence of allowed instructions."""
         ...
 
     def close(self) -> None: ...

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from sandbox.cpu import PF_, Fault
 from sandbox.decode import MAX_LENGTH, DecodeError, Insn, decode
 from sandbox.engine.allowlist import Allowlist, Patch
+from sandbox.engine.hidden import Place
 from sandbox.engine.protocol import Stop
 from sandbox.engine.unicorn_library import (
     UC_ERR_FETCH_PROT,
@@ -38,6 +40,7 @@ from sandbox.engine.unicorn_library import (
     library,
     x86,
 )
+from sandbox.engine.unicorn_lowering import RuleOf, UnicornLowering
 from sandbox.engine.unicorn_state import CR0_PG, UnicornBank
 from sandbox.errors import EngineError
 from sandbox.exits import Exit, RunPage
@@ -57,7 +60,7 @@ FLUSH_SECONDS = 0.2
 
 
 class UnicornEngine:
-    """A vCPU on Unicorn. ``trusted_root`` is the CR3 of page tables that only we change."""
+    """A vCPU on Unicorn."""
 
     def __init__(self, physical: PhysicalMemory) -> None:
         self._library = library()
@@ -70,7 +73,9 @@ class UnicornEngine:
         walker = Walker(self._bank, physical)
         self.memory = PagedMemory(walker, physical)
         self.system_memory = PagedMemory(walker, physical, implicit=True)
-        self.trusted_root: int | None = None
+        self._trusted: AddressSpace | None = None
+        self._lowering: UnicornLowering | None = None
+        self._strayed = False
         self.page = RunPage()
         self.left: Exit | None = None
         self.vector = self.error_code = self.generation = 0
@@ -89,6 +94,8 @@ class UnicornEngine:
         self._fresh = self._stepped = -1
         """Address of the block that is about to be, or was last, translated from a flushed TLB."""
         self._stepping = False
+        self._rule: RuleOf | None = None
+        self._count_lowered = False
         self._flushes = 0
         self._next_flush = 0.0
         self._closed = False
@@ -101,6 +108,13 @@ class UnicornEngine:
         physical.on_slot.append(self._map)
         physical.on_unslot.append(self._unmap)
         physical.on_code_write = self._code_written
+
+    def trust(self, space: AddressSpace) -> None:
+        self._trusted = space
+
+    @property
+    def _trusted_root(self) -> int | None:
+        return None if self._trusted is None else self._trusted.root
 
     @property
     def bank(self) -> UnicornBank:
@@ -147,6 +161,9 @@ class UnicornEngine:
         handle, rip, until, timeout, count = self._start_arguments
 
         def enter() -> Stop:
+            lowering = self._lowering
+            if lowering is not None:
+                self._enter_lowered(lowering)
             while True:
                 error = start(handle, rip, until, timeout, count)
                 if error == UC_ERR_INSN_INVALID and self._applied is None:
@@ -156,6 +173,15 @@ class UnicornEngine:
                     return stop
 
         return enter
+
+    def _enter_lowered(self, lowering: UnicornLowering) -> None:
+        """Bring lowered code in line with what the machine did while the guest was stopped."""
+        if not lowering.taken_in:
+            return
+        if (lowering.was_valid() and not lowering.is_valid()) or lowering.is_full:
+            lowering.clear()
+            self._library.flush_blocks(self._handle)
+        lowering.give_out()
 
     def _first_blocks(self) -> None:
         """Run two blocks of our own, and see that blocks are reported from then on.
@@ -211,6 +237,9 @@ class UnicornEngine:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        place = self._lowering and self._lowering.place(self.registers.rip)
+        if place:
+            return self._surface(place, error)
         if self._exception >= 0:
             self.vector, self._exception = self._exception, -1
             stop = self._excepted()
@@ -224,6 +253,9 @@ class UnicornEngine:
         if self._stale is not None:
             self._refresh()
             return None
+        if self._strayed:
+            self._strayed = False
+            return Stop.FETCH
         if error in _MMIO_ERRORS:
             return Stop.MMIO
         if error in _FETCH_ERRORS:
@@ -231,6 +263,43 @@ class UnicornEngine:
         self._library.check(error, f"running at {self.registers.rip:#x}")
         assert error == UC_ERR_OK
         return Stop.ASKED
+
+    def _surface(self, place: Place, error: int) -> Stop | None:
+        """The guest stopped in hidden code: bring it back to its own.
+
+        A lowered instruction that cannot go on has changed nothing yet: the handler has it.
+        """
+        lowering = self._lowering
+        assert lowering is not None
+        stop = Stop.ASKED
+        if self._exception >= 0:
+            self.vector, self._exception = self._exception, -1
+            stop = self._excepted()
+        elif error in _MMIO_ERRORS:
+            stop = Stop.MMIO
+        elif not place.whole:
+            return self._step_on(lowering)
+        lowering.surface(place)
+        return Stop.INSN if stop is not Stop.ASKED and place.lowered else stop
+
+    def _step_on(self, lowering: UnicornLowering) -> Stop | None:
+        """Finish a guest instruction in hidden code, then stop as asked."""
+        bank = self._bank
+        flags, status = bank.read("rflags"), bank.read("dr6")
+        while True:
+            bank.write("rflags", bank.read("rflags") | TF)
+            error = self._start(*self._start_arguments)
+            bank.write("rflags", bank.read("rflags") & ~TF | flags & TF)
+            place = lowering.place(self.registers.rip)
+            if self._exception == _DEBUG:
+                self._exception = -1
+                self._none_in_flight()
+                bank.write("dr6", status)
+                if place is not None and not place.whole:
+                    continue
+            if place is None:
+                return Stop.ASKED
+            return self._surface(place, error)
 
     def _excepted(self) -> Stop:
         words = self._bank.words
@@ -315,10 +384,15 @@ class UnicornEngine:
             self._bank.flush_tlb()
 
     def sync(self) -> None:
+        if self._lowering is not None:
+            self._lowering.take_in()
+        self._look_at_control()
+
+    def _look_at_control(self) -> None:
         if self._untrusted or bytes(self._control) != self._controlled:
             self._controlled = bytes(self._control)
             quads, cr = self._bank.quads, self._bank.cr_index
-            self._untrusted = quads[cr] & CR0_PG != 0 and quads[cr + 3] != self.trusted_root
+            self._untrusted = quads[cr] & CR0_PG != 0 and quads[cr + 3] != self._trusted_root
             self._flush()
 
     def _flush(self) -> None:
@@ -331,9 +405,28 @@ class UnicornEngine:
         self._flush()
         self._bank.flush_tlb()
 
-    def set_traps(self, traps: bytes, traps_insn: Callable[[Insn], bool] | None = None) -> None:
+    def set_traps(
+        self,
+        traps: bytes,
+        traps_insn: Callable[[Insn], bool] | None = None,
+        lowered: RuleOf | None = None,
+        *,
+        count: bool = False,
+    ) -> None:
         self._allowlist.set_traps(traps, traps_insn)
+        self._rule, self._count_lowered = lowered, count
+        if self._lowering is not None:
+            self._lowering.clear()
         self._library.flush_blocks(self._handle)
+
+    def lowers(self, insn: Insn) -> bool:
+        if self._lowering is None or self._rule is None:
+            return False
+        return self._lowering.may_lower() and self._rule(insn) is not None
+
+    def lowered(self) -> tuple[Counter[str], Counter[str]]:
+        runs = self._lowering and self._lowering.runs
+        return (runs.sites(), runs.executions()) if runs else (Counter(), Counter())
 
     def traps(self, insn: Insn) -> bool:
         """Whether ``insn`` would be trapped, going by its form and its bytes."""
@@ -365,15 +458,23 @@ class UnicornEngine:
             if not self._allowlist:
                 self._reported.append(block.pc)
                 return
+            lowering = self._lowering
+            if lowering is not None and lowering.hidden.holds(block.pc):
+                self._strayed = lowering.place(block.pc) is None
+                if self._strayed:
+                    self._library.free.uc_emu_stop(self._handle)
+                return
             applied = self._applied
             if applied is not None:
                 self._restore()
             if applied is not None and applied.block == block.pc:
                 self._patch = self._allowlist.check_trapped(applied, block.size, block.icount)
+                if self._patch is not None and lowering is not None:
+                    lowering.refuse(applied.linear)
             elif self._may_be_stale(block.pc, block.icount):
                 self._stale = block.pc, block.size
             else:
-                self.sync()
+                self._look_at_control()
                 self._patch = self._allowlist.check(block.pc, block.size, block.icount)
         except BaseException as error:  # noqa: BLE001 - ctypes would swallow it; enter() raises it
             self._failure = error
@@ -390,7 +491,7 @@ class UnicornEngine:
         new block of such a guest is translated a second time, from a flushed TLB. A store into its
         own block is excepted: Unicorn then translates that instruction alone, once, to run it.
         """
-        self.sync()
+        self._look_at_control()
         if not self._untrusted:
             return False
         fresh, self._fresh = self._fresh, -1
@@ -411,8 +512,23 @@ class UnicornEngine:
         patch = self._applied = self._patch
         self._patch = None
         assert patch is not None
+        if self._rule is not None:
+            patch = self._applied = self._lower(patch, self._rule)
         patch.apply()
         self._library.remove_cache(self._handle, patch.linear, patch.linear + 1)
+
+    def _lower(self, patch: Patch, rule: RuleOf) -> Patch:
+        """The patch that leads to lowered code, or ``patch`` itself, if it traps to a handler."""
+        lowering = self._lowering
+        if lowering is None:
+            if self._trusted is None or self._bank.bitness != 64:
+                return patch
+            lowering = self._lowering = UnicornLowering(
+                self._bank, self.registers, self._physical, self._trusted, rule, self.traps,
+                counted=self._count_lowered,
+            )  # fmt: skip
+            lowering.give_out()
+        return lowering.patch(patch)
 
     def _restore(self) -> None:
         patch, self._applied = self._applied, None
@@ -432,7 +548,7 @@ class UnicornEngine:
                 if not here or self._library.remove_cache(self._handle, first, last) != UC_ERR_OK:
                     self._library.flush_blocks(self._handle)
             physical = stop
-        if self._bank.quads[self._bank.cr_index + 3] != self.trusted_root:
+        if self._bank.quads[self._bank.cr_index + 3] != self._trusted_root:
             self._library.flush_blocks(self._handle)  # the linear addresses may be stale
 
     def _fetches_from(self, linear: int, physical: int) -> bool:

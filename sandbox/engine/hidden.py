@@ -1,0 +1,120 @@
+"""Memory of the machine's own in the guest's address space: lowered code and what it works on.
+
+It lies in the upper half of the linear addresses, at a random place in the last 2 GiB, where no
+program's memory is and where a patched site reaches it with an absolute jump. The code cannot be
+written by the guest. A guest that looks for it may find it: it can then spoil the upper halves of
+its own YMM registers, and nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Final
+
+from sandbox.lowering import FIRST_GPR, SAVED_OFFSET, UPPER_OFFSET
+from sandbox.memory import PAGE_SIZE, PhysicalMemory
+from sandbox.paging import AddressSpace
+from sandbox.registers import Registers
+
+_CODE_BASE: Final = 0x48_0000_0000
+_DATA_BASE: Final = 0x49_0000_0000
+CODE_BYTES: Final = 4 << 20
+DATA_BYTES: Final = 1 << 18
+_LAST_2G: Final = (1 << 64) - (1 << 31)
+_YMM_COUNT: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A hidden instruction, as the guest sees it."""
+
+    rip: int
+    """The guest's instruction it belongs to."""
+    whole: bool
+    """Whether the guest's state is that before its instruction."""
+    saved: tuple[int, ...]
+    """Registers that have to be taken from their save slot."""
+    lowered: bool
+    """Whether the guest's instruction is lowered, not copied."""
+
+
+class HiddenMemory:
+    """Pages for code, filled from the front, and for data: the state page, then counters."""
+
+    def __init__(self, physical: PhysicalMemory, space: AddressSpace, registers: Registers) -> None:
+        self._code = physical.add_slot(_CODE_BASE, CODE_BYTES, readonly=True)
+        self._data = physical.add_slot(_DATA_BASE, DATA_BYTES)
+        size = CODE_BYTES + DATA_BYTES
+        room = ((1 << 31) - size) // PAGE_SIZE
+        self.linear = _LAST_2G + random.SystemRandom().randrange(room) * PAGE_SIZE
+        self.end = self.linear + size
+        self.state = self.linear + CODE_BYTES
+        """Linear address of the state page."""
+        space.map(self.linear, _CODE_BASE, CODE_BYTES, write=False, execute=True)
+        space.map(self.state, _DATA_BASE, DATA_BYTES, write=True, execute=False)
+        self.places: dict[int, Place] = {}
+        """By linear address: each instruction there is."""
+        self._used = 0
+        self._counters = memoryview(self._data.host).cast("Q")
+        self._next_counter = PAGE_SIZE // 8
+        import numpy as np  # a guest without vector code need not wait for it
+
+        halves = np.frombuffer(registers.vec.raw, np.complex128).reshape(-1, 4)  # 16 bytes an item
+        self._upper = halves[:_YMM_COUNT, 1]
+        self._gpr = registers.gpr
+        self._low = memoryview(registers.vec.raw).cast("B")
+        at = UPPER_OFFSET // 16
+        hidden = np.frombuffer(self._data.host, np.complex128, count=at + _YMM_COUNT)
+        self._hidden = hidden[at:]
+
+    def holds(self, linear: int) -> bool:
+        """Whether a linear address is in these pages."""
+        return self.linear <= linear < self.end
+
+    def take_in(self) -> None:
+        """Copy the upper halves into the registers, where handlers see them."""
+        self._upper[:] = self._hidden
+
+    def give_out(self) -> None:
+        """Copy the upper halves out of the registers, for lowered code."""
+        self._hidden[:] = self._upper
+
+    def restore(self, place: Place) -> None:
+        """Give the guest back the registers that its instruction was using as scratch."""
+        for n in place.saved:
+            at = SAVED_OFFSET + 16 * n
+            if n >= FIRST_GPR:
+                self._gpr[n - FIRST_GPR] = int.from_bytes(self._data.host[at : at + 8], "little")
+            else:
+                self._low[64 * n : 64 * n + 16] = self._data.host[at : at + 16]
+
+    def room(self, size: int) -> int | None:
+        """Linear address of ``size`` bytes for code in one page; None if all is used up."""
+        if self._used % PAGE_SIZE + size > PAGE_SIZE:
+            self._used = (self._used + PAGE_SIZE - 1) & -PAGE_SIZE
+        return self.linear + self._used if self._used + size <= CODE_BYTES else None
+
+    def write(self, linear: int, code: bytes, places: dict[int, Place]) -> None:
+        """Fill what :meth:`room` gave. The guest has not run it yet."""
+        at = linear - self.linear
+        self._code.host[at : at + len(code)] = code
+        self._used = (at + len(code) + 15) & -16
+        self.places.update(places)
+
+    def counter(self) -> int:
+        """Linear address of a new counter of 8 bytes; they last for all runs that fit."""
+        number = self._next_counter
+        self._next_counter = min(number + 1, len(self._counters) - 1)
+        self._counters[number] = 0
+        return self.state + 8 * number
+
+    def count(self, linear: int) -> int:
+        """What a counter has come to."""
+        return self._counters[(linear - self.state) // 8]
+
+    def clear(self) -> None:
+        """Forget all code and counters; the engine must have forgotten its blocks."""
+        self._used = 0
+        self._next_counter = PAGE_SIZE // 8
+        self.places.clear()

@@ -1,0 +1,262 @@
+"""From guest code to hidden code: runs of lowered instructions, with what lies between them.
+
+A *run* begins at a trapped instruction that can be lowered, and goes on as long as the next
+instruction can be lowered too, or is allowed and a short stretch of such leads to one that can.
+It stays in its page, and ends behind a store, for that may change the code that follows. The
+site is patched with a jump into the hidden copy, whose end jumps back behind the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from iced_x86 import (
+    Code,
+    CpuidFeature,
+    Decoder,
+    Encoder,
+    FlowControl,
+    Instruction,
+    InstructionInfoFactory,
+    MemoryOperand,
+    OpAccess,
+    Register,
+)
+
+from sandbox.decode import Insn, decode
+from sandbox.engine.hidden import HiddenMemory, Place
+from sandbox.lowering import Emitter, NotLoweredError, Rule, Step, signed
+
+MAX_STRETCH: Final = 8
+"""So many allowed instructions between two lowered ones are worth a copy."""
+_MAX_STEPS: Final = 120
+_MAX_CODE: Final = 2048
+_WRITES: Final = frozenset(
+    (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
+)
+_X87: Final = frozenset(
+    (CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.MMX)
+)
+_NOP: Final = bytes.fromhex("660f1f840000000000")
+_JUMP: Final = bytes.fromhex("ff2425")  # jmp qword ptr [disp32]
+_SITE_BYTES: Final = 7
+_SHORT_NOPS: Final = (b"", b"\x90", b"\x66\x90", *(
+    bytes.fromhex(text)
+    for text in (
+        "0f1f00", "0f1f4000", "0f1f440000", "660f1f440000", "0f1f8000000000", "0f1f840000000000",
+    )
+))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run in hidden code, and the patch that leads there."""
+
+    size: int
+    """Bytes of the guest's code that it stands for."""
+    patch: bytes
+    """What takes their place while the block is translated: padding and a jump, perhaps longer."""
+    patch_count: int
+    """Instructions in the patch."""
+    mnemonics: tuple[str, ...]
+    """Of the lowered instructions."""
+    counter: int
+    """Where it is counted how often the run began; 0 if it is not."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a run consists of."""
+
+    starts: list[int]
+    """Addresses of its instructions, then of what follows."""
+    lowered: list[str]
+
+
+class RunBuilder:
+    """Makes runs, once for the same code at the same address.
+
+    ``rule``: how a trapped instruction is lowered, if it is; ``traps``: whether an instruction is;
+    ``counted``: whether executions are counted, which costs as much as one or two instructions.
+    """
+
+    def __init__(
+        self,
+        hidden: HiddenMemory,
+        rule: Callable[[Insn], Rule | None],
+        traps: Callable[[Insn], bool],
+        *,
+        counted: bool,
+    ) -> None:
+        self._hidden = hidden
+        self._rule = rule
+        self._traps = traps
+        self._runs: dict[tuple[int, bytes], Run] = {}
+        self._counted = counted
+        self._executions: Counter[str] = Counter()
+        """Of runs that have been cleared."""
+        self._info = InstructionInfoFactory()
+        self._encoder = Encoder(64)
+        self.full = False
+        """Whether the hidden memory is used up: it has to be cleared."""
+
+    def build(self, linear: int, code: bytes) -> Run | None:
+        """The run that begins at ``linear``, where ``code`` stands up to the end of the page."""
+        emitter = Emitter(self._hidden.state)
+        counter = self._hidden.counter() if self._counted else 0
+        if counter:
+            emitter.count(counter)
+        found = self._collect(emitter, linear, code)
+        if not found.lowered:
+            return None
+        size = found.starts[-1] - linear
+        if max(size, _SITE_BYTES) > len(code):
+            return None
+        key = linear, code[:size]
+        run = self._runs.get(key)
+        if run is None:
+            emitter.finish()
+            pointer = self._write(emitter.steps, found.starts)
+            if pointer is None:
+                return None
+            run = self._runs[key] = Run(size, *_patch(size, pointer), tuple(found.lowered), counter)
+        return run
+
+    def sites(self) -> Counter[str]:
+        """How many instructions are lowered now, by mnemonic."""
+        return Counter(name for run in self._runs.values() for name in run.mnemonics)
+
+    def executions(self) -> Counter[str]:
+        """How often lowered instructions ran, by mnemonic, if that is counted."""
+        total = Counter(self._executions)
+        for run in self._runs.values():
+            if run.counter:
+                times = self._hidden.count(run.counter)
+                total.update({name: n * times for name, n in Counter(run.mnemonics).items()})
+        return total
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        self._executions = self.executions()
+        self._runs.clear()
+        self._hidden.clear()
+        self.full = False
+
+    # -- which instructions ---------------------------------------------------------------------
+
+    def _collect(self, emitter: Emitter, linear: int, code: bytes) -> _Found:
+        found = _Found([linear], [])
+        decoder = Decoder(64, code, ip=linear)
+        pending: list[int] = []
+        last_mark = emitter.mark()
+        while len(emitter.steps) < _MAX_STEPS and decoder.can_decode:
+            at = decoder.position
+            insn = decoder.decode()
+            if insn.is_invalid:
+                break
+            mark = emitter.mark()
+            raw = decode(code[at : decoder.position], 64)
+            if not self._traps(raw):
+                if len(pending) == MAX_STRETCH or not self._copy(emitter, insn):
+                    break
+                pending.append(decoder.ip)
+                continue
+            if not self._lower(emitter, insn, raw):
+                emitter.back_to(mark)
+                break
+            found.starts += [*pending, decoder.ip]
+            found.lowered.append(raw.mnemonic)
+            pending.clear()
+            last_mark = emitter.mark()
+            if self._stores(insn):
+                break
+        emitter.back_to(last_mark)
+        return found
+
+    def _lower(self, emitter: Emitter, insn: Instruction, raw: Insn) -> bool:
+        rule = self._rule(raw)
+        if rule is None:
+            return False
+        before = len(emitter.steps)
+        try:
+            emitter.lower(insn, rule)
+            return all(self._is_allowed(step.instruction) for step in emitter.steps[before:])
+        except (NotLoweredError, ValueError):  # iced-x86: a displacement that cannot be encoded
+            return False
+
+    def _is_allowed(self, insn: Instruction) -> bool:
+        """Whether the fast path may run an instruction of ours."""
+        return not self._traps(decode(self._encode(insn, self._hidden.linear), 64))
+
+    def _encode(self, insn: Instruction, at: int) -> bytes:
+        """Raises ValueError if it cannot be encoded at ``at``."""
+        try:
+            self._encoder.encode(insn, at)
+        finally:
+            code = self._encoder.take_buffer()
+        return code
+
+    def _copy(self, emitter: Emitter, insn: Instruction) -> bool:
+        """Copy an allowed instruction, unless it depends on where it stands or stores."""
+        if (
+            insn.flow_control != FlowControl.NEXT
+            or insn.is_string_instruction
+            or insn.is_stack_instruction
+            or _X87.intersection(insn.cpuid_features())
+            or self._stores(insn)
+        ):
+            return False
+        try:
+            emitter.copy(insn)
+        except NotLoweredError:
+            return False
+        return True
+
+    def _stores(self, insn: Instruction) -> bool:
+        return any(m.access in _WRITES for m in self._info.info(insn).used_memory())
+
+    # -- the hidden code ------------------------------------------------------------------------
+
+    def _write(self, steps: Sequence[Step], starts: Sequence[int]) -> int | None:
+        """Write the code of a run; where the address of its entry stands.
+
+        First come the addresses of the entry and of what follows the run, then the code.
+        """
+        base = self._hidden.room(_MAX_CODE)
+        if base is None:
+            self.full = True
+            return None
+        entry = at = base + 16
+        code = b""
+        places: dict[int, Place] = {}
+        back = Instruction.create_mem(
+            Code.JMP_RM64, MemoryOperand(Register.RIP, displ=signed(base + 8), displ_size=8)
+        )
+        last = Step(back, len(starts) - 1, True, (), False)
+        for step in (*steps, last):
+            try:
+                encoded = self._encode(step.instruction, at)
+            except ValueError:
+                return None
+            code += encoded
+            places[at] = Place(starts[step.index], step.first, step.saved, step.lowered)
+            at += len(encoded)
+        if at - base > _MAX_CODE:
+            return None
+        pointers = entry.to_bytes(8, "little") + starts[-1].to_bytes(8, "little")
+        self._hidden.write(base, pointers + code, places)
+        return base
+
+
+def _patch(size: int, pointer: int) -> tuple[bytes, int]:
+    """Padding and a jump by ``pointer`` in ``size`` bytes or more, and how many instructions."""
+    parts = []
+    padding = size - _SITE_BYTES
+    while padding > 0:
+        parts.append(_NOP if padding >= len(_NOP) else _SHORT_NOPS[padding])
+        padding -= len(parts[-1])
+    parts.append(_JUMP + (pointer & 0xFFFF_FFFF).to_bytes(4, "little"))
+    return b"".join(parts), len(parts)

@@ -1,0 +1,126 @@
+"""Lowered code in Unicorn: when it may be used, and how the guest's state comes back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from sandbox.decode import Insn
+from sandbox.engine.allowlist import Patch
+from sandbox.engine.hidden import HiddenMemory, Place
+from sandbox.engine.lowered_run import RunBuilder
+from sandbox.engine.unicorn_state import UnicornBank
+from sandbox.lowering import Rule
+from sandbox.memory import PAGE_SIZE, PhysicalMemory
+from sandbox.paging import AddressSpace
+from sandbox.registers import TF, Registers
+
+CR4_OSXSAVE, CR4_SMEP, CR4_SMAP = 1 << 18, 1 << 20, 1 << 21
+XCR0_AVX_STATE = 0b110
+MAX_BLOCK: Final = 400
+"""Instructions in a block: one that is longer may be cut by the padding of a patch."""
+
+RuleOf: TypeAlias = Callable[[Insn], Rule | None]
+
+
+class UnicornLowering:
+    """The lowered code of one engine.
+
+    While the guest runs, the upper halves of YMM registers are in hidden memory; while it is
+    stopped, in the registers.
+    """
+
+    def __init__(
+        self,
+        bank: UnicornBank,
+        registers: Registers,
+        physical: PhysicalMemory,
+        space: AddressSpace,
+        rule: RuleOf,
+        traps: Callable[[Insn], bool],
+        *,
+        counted: bool,
+    ) -> None:
+        self._bank = bank
+        self._registers = registers
+        self._root = space.root
+        self.hidden = HiddenMemory(physical, space, registers)
+        self.runs = RunBuilder(self.hidden, rule, traps, counted=counted)
+        self._refused: set[int] = set()
+        self._seen = (0, 0, 0)
+        self._valid = False
+        self.taken_in = True
+        """Whether the registers hold the upper halves, not hidden memory."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for more code."""
+        return self.runs.full
+
+    def clear(self) -> None:
+        """Forget all code. The engine must not be in it, and must forget its blocks."""
+        self.runs.clear()
+        self._refused.clear()
+
+    def patch(self, trap: Patch) -> Patch:
+        """The patch that has lowered code run in place of a trap, if there is such code."""
+        at = trap.linear % PAGE_SIZE
+        if trap.linear in self._refused or trap.count > MAX_BLOCK or not self.may_lower():
+            return trap
+        page = trap.offset - at
+        run = self.runs.build(trap.linear, trap.slot.host[trap.offset : page + PAGE_SIZE])
+        if run is None or not self.is_valid():
+            return trap
+        end = trap.offset + len(run.patch)
+        original = trap.slot.host[trap.offset : end]
+        count = trap.count - 1 + run.patch_count
+        return Patch(
+            trap.block, trap.linear, count, trap.slot, trap.offset, original, run.patch, trap
+        )
+
+    def refuse(self, linear: int) -> None:
+        """Do not lower there any more: Unicorn ended the block elsewhere."""
+        self._refused.add(linear)
+
+    def may_lower(self) -> bool:
+        """Whether the guest is in 64-bit mode and does not step itself."""
+        return self._bank.bitness == 64 and not self._registers.rflags_view[0] & TF
+
+    def is_valid(self) -> bool:
+        """Whether AVX is on, and the hidden pages are mapped and may be used."""
+        quads, cr = self._bank.quads, self._bank.cr_index
+        seen = quads[cr + 3], quads[cr + 4], self._registers.xcr0
+        if seen != self._seen:
+            self._seen = seen
+            root, cr4, xcr0 = seen
+            bits = cr4 & (CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
+            self._valid = (
+                root == self._root
+                and bits == CR4_OSXSAVE
+                and xcr0 & XCR0_AVX_STATE == XCR0_AVX_STATE
+            )
+        return self._valid
+
+    def was_valid(self) -> bool:
+        """What :meth:`is_valid` said last."""
+        return self._valid
+
+    def take_in(self) -> None:
+        """The guest has stopped: its registers hold all its state."""
+        if not self.taken_in:
+            self.taken_in = True
+            self.hidden.take_in()
+
+    def give_out(self) -> None:
+        """The guest is about to run."""
+        self.taken_in = False
+        self.hidden.give_out()
+
+    def place(self, linear: int) -> Place | None:
+        """What the guest is doing, if it stopped at ``linear`` in hidden code."""
+        return self.hidden.places.get(linear) if self.hidden.holds(linear) else None
+
+    def surface(self, place: Place) -> None:
+        """Let the guest be where it thinks it is."""
+        self.hidden.restore(place)
+        self._registers.rip = place.rip
