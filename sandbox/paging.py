@@ -28,6 +28,7 @@ _RESERVED = _ADDRESS & -(1 << PHYSICAL_BITS)
 _PSE36 = 0x1F_E000
 """In the entry of a 4-MiB page: bits 39:32 of its address (SDM Vol. 3, table 4-4)."""
 _LOW_32 = 0xFFFF_FFFF
+_CANONICAL_END = 1 << 47
 _Entries: TypeAlias = "array[int]"
 
 
@@ -282,13 +283,16 @@ def _entry_run(first: int, count: int) -> _Entries:
 
 
 def _page_parts(address: int, size: int) -> list[tuple[int, int]]:
-    parts = []
+    """The access page by page. A part that is not canonical comes first: its #GP goes before
+    anything else, as on hardware."""
+    parts: list[tuple[int, int]] = []
+    beyond = address < _CANONICAL_END < address + size
     while size > 0:
         n = min(size, PAGE_SIZE - (address & PAGE_MASK))
         parts.append((address, n))
         address = (address + n) & 0xFFFF_FFFF_FFFF_FFFF
         size -= n
-    return parts
+    return parts[::-1] if beyond else parts
 
 
 class FrameAllocator:
