@@ -474,7 +474,8 @@ NOT_CANONICAL = (
 OUTSIDE = [
     ("vmovups ymm1, [rsi]", GP), ("vmovups [rsi], ymm1", GP), ("vpaddd ymm1, ymm2, [rsi]", GP),
     ("vmovups ymm1, [rbp]", SS_), ("vmovdqu [rbp], xmm1", SS_),
-    ("vpaddd xmm1, xmm2, [rbp + 4]", SS_), ("movups xmm1, [rsi]", GP), ("movups [rbp], xmm1", SS_), ("paddd xmm1, [rsi]", GP),
+    ("vpaddd xmm1, xmm2, [rbp + 4]", SS_), ("movups xmm1, [rsi]", GP), ("movups [rbp], xmm1", SS_),
+    ("paddd xmm1, [rsi]", GP),
     ("movbe rax, [rsi]", GP), ("shlx rax, [rbp], rdx", SS_), ("xsave [rsi]", GP),
     ("vmovups ymm1, [rax]", GP), ("vbroadcastss ymm1, [rbp]", SS_),
 ]  # fmt: skip
