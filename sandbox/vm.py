@@ -36,7 +36,10 @@ class Vm:
     ``policy`` is a preset's name, a file or a :class:`~sandbox.policy.Policy`; ``handlers`` are
     packs by name, file (``.py``) or as :class:`~sandbox.handler.Pack`, asked in this order. The
     handler tier works while ``KVM_CAP_EXIT_ON_EMULATION_FAILURE`` is enabled (it is off at first,
-    as in KVM). A Vm is a context manager: :meth:`close` frees the engine.
+    as in KVM). ``irqchip="kernel"``, under the engine ``kvm``: the guest has the kernel's interrupt
+    controllers and timer, and its HLT is no exit.
+
+    A Vm is a context manager: :meth:`close` frees the engine.
     """
 
     def __init__(
@@ -45,10 +48,16 @@ class Vm:
         handlers: Iterable[str | Path | Pack] = (),
         *,
         engine: str = DEFAULT_ENGINE,
+        irqchip: str | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise EngineError(f"engine {engine!r}: there are {' and '.join(ENGINES)}")
+        if irqchip is not None and (engine, irqchip) != ("kvm", "kernel"):
+            raise EngineError(
+                f"irqchip {irqchip!r} under the engine {engine}: there is 'kernel', under kvm"
+            )
         self.engine_name = engine
+        self._irqchip = irqchip
         self._offers: Callable[[str], bool] | None = None
         """Which features the processor has, where the engine runs on a real one."""
         self._settings = Settings(policy if isinstance(policy, Policy) else Policy.load(policy))
@@ -109,7 +118,9 @@ class Vm:
             return UnicornEngine(self.memory)
         from sandbox.engine.kvm import KvmEngine  # not needed, and not imported, for Unicorn
 
-        engine = KvmEngine(self.memory, self.cpuid_model)
+        if self._irqchip is not None:
+            self._settings.interruptible = True  # so that CPUID shows the local APIC
+        engine = KvmEngine(self.memory, self.cpuid_model, irqchip=self._irqchip is not None)
         self._offers = engine.offers
         return engine
 
@@ -145,6 +156,8 @@ class Vm:
         """Have the vCPU take external interrupts from ``source``."""
         if self.vcpu is None or self._engine is None:
             raise SandboxError("this VM has no vCPU yet: call create_vcpu()")
+        if self._irqchip is not None:
+            raise SandboxError("irqchip='kernel': this VM has its interrupt controllers already")
         self._settings.interruptible = True
         self.vcpu.external = self._external(source, self._engine, self.vcpu)
         self._apply()
@@ -159,6 +172,16 @@ class Vm:
 
         assert isinstance(engine, KvmEngine)
         return KvmInterrupts(source, engine, vcpu)
+
+    def set_irq_line(self, line: int, level: int) -> None:
+        """KVM_IRQ_LINE: raise or lower an input (0 to 23) of the kernel's interrupt controllers.
+
+        Only with ``irqchip="kernel"``; from any thread.
+        """
+        if self._irqchip is None:
+            raise SandboxError("set_irq_line: make the Vm with engine='kvm', irqchip='kernel'")
+        chip = self.engine.irqchip  # type: ignore[attr-defined]
+        chip.set_line(line, level)
 
     # -- policy and handlers --------------------------------------------------------------------
 

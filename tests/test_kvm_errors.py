@@ -95,6 +95,9 @@ def test_numbers_are_those_of_the_kernels_header() -> None:
     sizes = {
         "KVM_GET_SUPPORTED_CPUID": (3, 0x05, 8),
         "KVM_SET_IDENTITY_MAP_ADDR": (1, 0x48, 8),
+        "KVM_CREATE_IRQCHIP": (0, 0x60, 0),
+        "KVM_IRQ_LINE": (1, 0x61, kvm_abi.IRQ_LEVEL.size),
+        "KVM_CREATE_PIT2": (1, 0x77, kvm_abi.PIT_CONFIG_BYTES),
         "KVM_GET_MSRS": (3, 0x88, 8),
         "KVM_SET_MSRS": (1, 0x89, 8),
         "KVM_SET_CPUID2": (1, 0x90, 8),

@@ -28,6 +28,7 @@ from sandbox.engine.kvm_device import (
     run_vcpu,
     supported_cpuid,
 )
+from sandbox.engine.kvm_irqchip import Irqchip
 from sandbox.engine.kvm_state import KvmBank
 from sandbox.engine.kvm_trampoline import Trampoline
 from sandbox.engine.protocol import Stop
@@ -57,13 +58,16 @@ def _kicked(_number: int, _frame: FrameType | None) -> None: ...
 
 class KvmEngine:
     """A VM of the kernel's with one vCPU. ``cpuid`` gives what the guest is to be told, when it
-    first runs. Create it in the main thread, where Python can set a signal handler."""
+    first runs; ``irqchip``: the kernel has the interrupt controllers. Create it in the main thread,
+    where Python can set a signal handler."""
 
     share_registers: ClassVar[bool] = True
     """Whether to have the kernel leave registers in ``kvm_run`` if it can (KVM_CAP_SYNC_REGS). Not
     doing so is for measuring what it saves."""
 
-    def __init__(self, physical: PhysicalMemory, cpuid: Callable[[], CpuidModel]) -> None:
+    def __init__(
+        self, physical: PhysicalMemory, cpuid: Callable[[], CpuidModel], *, irqchip: bool = False
+    ) -> None:
         _catch_kicks()
         self._physical = physical
         self._model: Callable[[], CpuidModel] | None = cpuid
@@ -73,6 +77,7 @@ class KvmEngine:
         try:
             self.supported = supported_cpuid(device)
             self._vm = create_vm(device)
+            self.irqchip = Irqchip(self._vm) if irqchip else None
             self._vcpu, shared = create_vcpu(device, self._vm)
             self.page = RunPage(shared)
             synced = self.share_registers and device.has(abi.KVM_CAP_SYNC_REGS) & 3 == 3
@@ -234,6 +239,11 @@ class KvmEngine:
     def run_user_code(self, space: AddressSpace) -> None:
         """What runs from now on is a program at CPL 3 in ``space``, without a kernel: SYSCALL is
         an instruction for the handler tier, and exceptions come out."""
+        if self.irqchip is not None:
+            raise EngineError(
+                "a program without a kernel leaves by HLT, which irqchip='kernel' keeps inside: "
+                "make the Vm without it"
+            )
         self.trampoline = Trampoline(self._physical, space)
         self.trampoline.install(self._bank)
 

@@ -10,7 +10,12 @@ from typing import Final
 
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_XSAVE = 55
+KVM_CAP_IRQCHIP = 0
+KVM_CAP_PIT2 = 33
 
+KVM_CREATE_IRQCHIP = 0xAE60
+KVM_IRQ_LINE = 0x4008AE61
+KVM_CREATE_PIT2 = 0x4040AE77
 KVM_INTERRUPT = 0x4004AE86
 KVM_GET_SUPPORTED_CPUID = 0xC008AE05
 KVM_SET_IDENTITY_MAP_ADDR = 0x4008AE48
@@ -26,6 +31,10 @@ KVM_SET_XCRS = 0x4188AEA7
 
 XSAVE_BYTES = 4096
 """``struct kvm_xsave``: an XSAVE area in the standard format."""
+PIT_CONFIG_BYTES = 64
+"""``struct kvm_pit_config``: flags, then nothing."""
+IRQ_LEVEL: Final = struct.Struct("<II")
+"""``struct kvm_irq_level``: line, level."""
 DEBUGREGS_BYTES = 128
 """``struct kvm_debugregs``: DR0-3, DR6, DR7, flags, all 64 bits."""
 
