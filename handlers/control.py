@@ -121,6 +121,9 @@ def _write_cr4(cpu: Cpu, value: int) -> None:
 def _write_cr8(cpu: Cpu, value: int) -> None:
     _refuse(value >> 4)
     cpu.registers.bank.write("cr8", value)
+    changed = cpu.services.get("task_priority_changed")
+    if changed is not None:
+        changed()
 
 
 _CONTROL_WRITERS: Final[dict[int, Callable[[Cpu, int], None]]] = {

@@ -120,7 +120,16 @@ class External(ABC):
         self._vcpu = vcpu
         self._alarm = Alarm(source.clock, vcpu.kick)
         self._halted = False
-        self._cr8 = 0
+        self._agreed = 0
+
+    @property
+    @abstractmethod
+    def _cr8(self) -> int:
+        """CR8 as the guest has it."""
+
+    @_cr8.setter
+    @abstractmethod
+    def _cr8(self, value: int) -> None: ...
 
     @abstractmethod
     def enter(self) -> Stop:
@@ -132,6 +141,8 @@ class External(ABC):
         if not self._engine.registers.rflags & IF:
             return False
         self._halted = self._source.pending() or self._source.deadline() is not None
+        if self._halted:
+            self._vcpu.attend()
         return self._halted
 
     def close(self) -> None:
@@ -153,13 +164,21 @@ class External(ABC):
         self._halted = False
         return None
 
-    def _agree(self, cr8: int) -> int:
-        """The task priority, which the guest may have changed in CR8 or in the local APIC."""
-        source = self._source
-        if cr8 != self._cr8:
-            source.cr8 = cr8
-        self._cr8 = source.cr8
-        return self._cr8
+    def changed(self) -> None:
+        """The guest wrote to CR8 or to an interrupt controller: look before the next instruction.
+
+        The task priority is in both.
+        """
+        self._agree()
+        self._vcpu.attend()
+
+    def _agree(self) -> None:
+        source, shown = self._source, self._cr8
+        if shown != self._agreed:
+            source.cr8 = shown
+        elif source.cr8 != shown:
+            self._cr8 = source.cr8
+        self._agreed = source.cr8
 
     def _watch(self, pending: bool) -> None:
         """See to it that the vCPU comes back in time for the next interrupt."""
@@ -179,13 +198,13 @@ class DeliveredInterrupts(External):
     ) -> None:
         super().__init__(source, engine, vcpu)
         self._cpu = cpu
+        cpu.services["task_priority_changed"] = self.changed
         self._hflags = engine.bank.words, engine.bank.hflags_index
 
     def enter(self) -> Stop:
         if self._halted and (stop := self._wait()) is not None:
             return stop
-        source, cpu, bank = self._source, self._cpu, self._cpu.registers.bank
-        bank.write("cr8", self._agree(bank.read("cr8")))
+        source, cpu = self._source, self._cpu
         single = False
         while pending := source.pending():
             self._engine.sync()
@@ -200,6 +219,14 @@ class DeliveredInterrupts(External):
         words, index = self._hflags
         cpu.services[SHADOW] = cpu.rip if words[index] & _INHIBIT_IRQ else None
         return stop
+
+    @property
+    def _cr8(self) -> int:
+        return self._cpu.registers.bank.read("cr8")
+
+    @_cr8.setter
+    def _cr8(self, value: int) -> None:
+        self._cpu.registers.bank.write("cr8", value)
 
     def _step(self) -> Stop:
         """Run the one instruction that interrupts have to wait for."""

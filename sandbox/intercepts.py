@@ -53,7 +53,7 @@ def intercepted_forms(interruptible: bool = False) -> bytes:
     table = bytearray(max(FORM_NAMES) + 1)
     for code in FORM_NAMES:
         name = MNEMONIC_NAMES[OpCodeInfo(code).mnemonic]  # type: ignore[arg-type]
-        table[code] = name in MNEMONICS or _moves_control_register(code)
+        table[code] = name in names or _moves_control_register(code)
     table[Code.INVALID] = 1
     return bytes(table)
 

@@ -30,7 +30,7 @@ from sandbox.handler import Decline, Inject, Resume, Verdict
 from sandbox.handler import Exit as ExitVerdict
 from sandbox.memory import MmioRead
 from sandbox.mmio import MmioCompletion
-from sandbox.registers import TF
+from sandbox.registers import IF, TF
 from sandbox.settings import Settings
 from sandbox.side_effects import SideEffects
 from sandbox.sites import EXIT_SPAN, Site, Sites
@@ -240,7 +240,7 @@ class Vcpu:
                     left = self._watched_step(site, rip)
                 if left is not None:
                     return left
-                if self._asked:
+                if self._asked and (flags_view[0] & IF or self._end is not None):
                     return self._look_up()
                 rip = rip_view[0]
                 first = rip not in sites
@@ -422,7 +422,9 @@ class Vcpu:
     def _io_answer(self, left: Io) -> Any:
         left.complete(self.page)
         offset = self.page.run.io.data_offset
-        self._sites.intercepts.io_reply = bytes(self.page.bytes[offset : offset + left.size * left.count])
+        self._sites.intercepts.io_reply = bytes(
+            self.page.bytes[offset : offset + left.size * left.count]
+        )
         return self._trapped()
 
     # -- MMIO ---------------------------------------------------------------------------------

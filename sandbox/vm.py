@@ -152,15 +152,19 @@ class Vm:
         """Let ``device`` answer for all IO ports that have no other."""
         self._settings.ports.others = DeviceRange(0, 1 << 16, device)
 
-    def attach_interrupts(self, source: InterruptSource) -> None:
-        """Have the vCPU take external interrupts from ``source``."""
+    def attach_interrupts(self, source: InterruptSource) -> Callable[[], None]:
+        """Have the vCPU take external interrupts from ``source``.
+
+        To be called whenever the guest has written to a device that may raise one.
+        """
         if self.vcpu is None or self._engine is None:
             raise SandboxError("this VM has no vCPU yet: call create_vcpu()")
         if self._irqchip is not None:
             raise SandboxError("irqchip='kernel': this VM has its interrupt controllers already")
         self._settings.interruptible = True
-        self.vcpu.external = self._external(source, self._engine, self.vcpu)
+        external = self.vcpu.external = self._external(source, self._engine, self.vcpu)
         self._apply()
+        return external.changed
 
     def _external(self, source: InterruptSource, engine: Engine, vcpu: Vcpu) -> External:
         if isinstance(engine, UnicornEngine):

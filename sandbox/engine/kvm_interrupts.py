@@ -16,6 +16,9 @@ from sandbox.registers import IF
 _OWN = frozenset({abi.KVM_EXIT_IRQ_WINDOW_OPEN, abi.KVM_EXIT_SET_TPR})
 """Exits that are meant for us: the window is open, the guest has lowered CR8."""
 
+_LOOK_AGAIN = 1_000_000
+"""Nanoseconds."""
+
 
 class KvmInterrupts(External):
     """Hands one interrupt after the other to the kernel."""
@@ -30,7 +33,6 @@ class KvmInterrupts(External):
             return stop
         source, run = self._source, self._run
         while True:
-            run.cr8 = self._agree(run.cr8)
             pending = source.pending()
             if pending and self._is_ready():
                 self._kvm.interrupt(source.acknowledge())
@@ -38,9 +40,20 @@ class KvmInterrupts(External):
                 pending = source.pending()
             run.request_interrupt_window = int(pending)
             self._watch(pending)
+            if pending:  # not all kernels see the window open while they emulate (kvm_pvm at CPL 0)
+                self._alarm.set(self._source.clock.now() + _LOOK_AGAIN)
             stop = self._kvm.enter()
+            self._agree()  # before a device looks
             if stop is not Stop.EXIT or run.exit_reason not in _OWN:
                 return stop
+
+    @property
+    def _cr8(self) -> int:
+        return int(self._run.cr8)
+
+    @_cr8.setter
+    def _cr8(self, value: int) -> None:
+        self._run.cr8 = value
 
     def _is_ready(self) -> bool:
         """Whether the guest takes an interrupt at once; what we wrote to RFLAGS counts as well."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from sandbox.memory import Device
 from sandbox.platform import testdev
 from sandbox.platform.clock import Clock, RealClock
 from sandbox.platform.fw_cfg import FW_CFG_COUNT, FW_CFG_PORT, FwCfg
@@ -73,6 +75,19 @@ class InterruptControllers:
         return min((at for at in (timer, tick) if at is not None), default=None)
 
 
+class _Watched:
+    """A device that may raise or let through an interrupt when it is written to."""
+
+    def __init__(self, device: Device, written: Callable[[], None]) -> None:
+        self.read = device.read
+        self._write = device.write
+        self._written = written
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._write(offset, size, value)
+        self._written()
+
+
 class _Floating:
     """A port that no device answers, on an ISA bus: ones, and what is written is lost."""
 
@@ -105,11 +120,12 @@ def add_pc(vm: Vm, ram: int, out: BinaryIO, clock: Clock | None = None) -> Inter
     assert vcpu is not None
     found = InterruptControllers(clock or RealClock())
     pics = found.pics
+    changed = vm.attach_interrupts(found)
 
     def end(status: int) -> None:
         vcpu.finish(PowerOff(status))
 
-    for port, count, device in (
+    devices: tuple[tuple[int, int, Device], ...] = (
         (MASTER_PORT, PORT_COUNT, pics.master),
         (SLAVE_PORT, PORT_COUNT, pics.slave),
         (EDGE_LEVEL_PORT, 2, EdgeLevel(pics)),
@@ -123,10 +139,10 @@ def add_pc(vm: Vm, ram: int, out: BinaryIO, clock: Clock | None = None) -> Inter
         (testdev.LINES_PORT, testdev.LINES_COUNT, testdev.Lines(pics.set_line)),
         (testdev.EXIT_PORT, testdev.EXIT_COUNT, testdev.DebugExit(end)),
         (testdev.SHUTDOWN_PORT, 1, testdev.ShutdownPort(end)),
-    ):
-        vm.add_ports(port, count, device)
-    vm.add_mmio(LAPIC_ADDRESS, LAPIC_SIZE, found.lapic)
+    )
+    for port, count, device in devices:
+        vm.add_ports(port, count, _Watched(device, changed))
+    vm.add_mmio(LAPIC_ADDRESS, LAPIC_SIZE, _Watched(found.lapic, changed))
     vm.add_mmio(testdev.IORAM_ADDRESS, testdev.IORAM_SIZE, testdev.IoRam())
     vm.float_ports(_Floating())
-    vm.attach_interrupts(found)
     return found
