@@ -17,7 +17,7 @@ from typing import Any
 from sandbox.bench.measure import Effort, Figure, Note, Result
 from sandbox.bench.programs import versions
 from sandbox.bench.suites import SUITES
-from sandbox.bench.table import Table, summary
+from sandbox.bench.table import HEADER, Table, summary
 from sandbox.errors import SandboxError
 
 
@@ -54,6 +54,7 @@ def bench_command(options: Namespace) -> int:
 
 
 def _collect(measured: Iterable[Result], results: list[Result]) -> None:
+    print(HEADER)
     table = Table()
     for result in measured:
         _clear_progress()

@@ -17,6 +17,14 @@ def _magnitude(value: float) -> int:
     return int(f"{value:e}".partition("e")[2])
 
 
+_NAME, _OURS = 40, 64
+HEADER = (
+    f"{'':<{_NAME}} {'sandbox':>8}".ljust(_OURS)
+    + f" {'peer':<20} {'its time':>8} {'ratio':>8}    (lowest .. highest)"
+)
+"""Above the lines; the ratio is the peer's time divided by ours."""
+
+
 class Table:
     """Lines of results, in the order they come: what is compared stands once, its peers below."""
 
@@ -31,13 +39,13 @@ class Table:
             self._last = key
             heading = f"{result.suite} {result.name}"
             if isinstance(result, Figure):
-                heading = f"{heading:<40} {number(result.ours):>8} {result.unit}"
+                heading = f"{heading:<{_NAME}} {number(result.ours):>8} {result.unit}"
         if not isinstance(result, Figure):
-            return f"{heading:<58} {result.peer_name:<20} {result.text}"
+            return f"{heading:<{_OURS}} {result.peer_name:<20} {result.text}"
         ratios = (result.ratio, result.ratio_low, result.ratio_high)
         middle, low, high = (number(ratio) for ratio in ratios)
         peer = f"{result.peer_name:<20} {number(result.peer):>8}"
-        return f"{heading:<58} {peer} {middle:>8} x  ({low} .. {high})"
+        return f"{heading:<{_OURS}} {peer} {middle:>8} x  ({low} .. {high})"
 
 
 def summary(results: Iterable[Result]) -> list[str]:
