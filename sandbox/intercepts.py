@@ -26,8 +26,8 @@ MNEMONICS = frozenset(
     "hlt in out insb insw insd outsb outsw outsd int int1 int3 into "
     "cpuid xgetbv xsetbv xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves xsaves64 "
     "xrstor xrstor64 xrstors xrstors64 rdmsr wrmsr rdpmc rdtsc rdtscp rdpid rdrand rdseed "
-    "syscall sysret sysretq sysenter sysexit sysexitq clts lmsw ltr invlpg invpcid monitor mwait rsm "
-    "rdfsbase rdgsbase wrfsbase wrgsbase "
+    "syscall sysret sysretq sysenter sysexit sysexitq clts lmsw invlpg invpcid monitor mwait rsm "
+    "ltr rdfsbase rdgsbase wrfsbase wrgsbase "
     "vmcall vmmcall vmlaunch vmresume vmxoff vmxon vmrun vmload vmsave stgi clgi skinit".split()
 )
 """Mnemonics intercepted in every policy."""
