@@ -146,7 +146,7 @@ def _narrow(legacy: str, has_first: bool, e: Emitter) -> None:
         _with_first(e, legacy, operands)
     else:
         e.emit(legacy, *operands)
-    if is_vector(operands[0]):
+    if is_vector(operands[0]) and "COMIS" not in legacy:  # which compares, and writes flags
         e.zero_upper(operands[0])  # type: ignore[arg-type]
 
 
