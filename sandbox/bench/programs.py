@@ -35,7 +35,7 @@ LIMIT_SECONDS = 180
 LONG_SECONDS = 60
 """Where one round takes longer, it is the only one."""
 REPEAT = {
-    "decay": 4000,
+    "decay": 1500,
     "demo": 400, "dot": 400, "hash": 1500, "json": 80, "longdouble": 250, "matmul": 50,
     "nbody": 1500, "sha256": 700, "sort": 60, "strings": 30,
 }  # fmt: skip
