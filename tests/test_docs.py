@@ -31,7 +31,7 @@ from sandbox.registers import RAX
 from sandbox.vm import DEFAULT_POLICY
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ("README.md", "docs/handlers.md", "docs/kvm.md", "docs/policy.md")
+EXAMPLES = ("README.md", "docs/handlers.md", "docs/kvm.md", "docs/machine.md", "docs/policy.md")
 NAMED_TEST = re.compile(r"`(?:(tests/\w+\.py)(?:::)?)?(test_\w+)?`")
 DOCUMENTS = (*EXAMPLES, "ARCHITECTURE.md", "CHANGELOG.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

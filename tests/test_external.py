@@ -100,7 +100,8 @@ def run(found: Machine, timeout: float = 20) -> tuple[int, int]:
         ("sti \n nop \n nop \n" + SEND + "here: cli", 1, "here"),
         ("sti \n sti \n" + SEND + "here: cli", 1, "here"),
         ("mov eax, ss \n sti \n nop \n" + SEND + "here: mov ss, eax \n cli", 1, "here"),
-        (SEND + "push 0x202 \n push 0x18 \n lea eax, [here] \n push eax \n iretd \n here: cli", 1, "here"),
+        (SEND + "lea eax, [here] \n push 0x202 \n push 0x18 \n push eax \n iretd \n here: cli",
+         1, "here"),
         (SEND + "sti \n hlt \n here: cli", 1, "here"),
         (SEND + "mov dword ptr [edi + 0x80], 0x50 \n sti \n nop \n nop \n cli", 0, ""),
         (SEND + "mov eax, 5 \n mov dword ptr [edi + 0x80], 0x60 \n sti \n nop \n "

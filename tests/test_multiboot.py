@@ -244,7 +244,8 @@ def test_run_prints_the_command_line_and_ends_with_the_status(
         ("hlt", 0),
         ("sti \n hlt", 0),
         ("mov eax, -1 \n out 0xf4, eax \n jmp $", 255),
-        ("lea esi, [text] \n mov ecx, 8 \n mov edx, 0x8900 \n rep outsb \n jmp $ \n text: .ascii \"Shutdown\"", 0),
+        ("lea esi, [text] \n mov ecx, 8 \n mov edx, 0x8900 \n rep outsb \n jmp $ \n"
+         "text: .ascii \"Shutdown\"", 0),
         ("lidt [0] \n ud2", 134),
     ],
     ids=["hlt", "hlt and nothing to wait for", "debug exit", "shutdown port", "triple fault"],
