@@ -69,10 +69,16 @@ _TWINS = {
     "VEX_VMOVSS_M32_XMM": "MOVSS_XMMM32_XMM",
     "VEX_VMOVSD_M64_XMM": "MOVSD_XMMM64_XMM",
 }
+_MOVES = frozenset(
+    f"{name}_XMM_{memory}"
+    for name in (
+        "MOVUPS MOVUPD MOVDQU LDDQU MOVAPS MOVAPD MOVDQA MOVNTDQA MOVSHDUP MOVSLDUP".split()
+    )
+    for memory in ("XMMM128", "M128")
+)
 _NEVER = frozenset("vldmxcsr vstmxcsr vmaskmovdqu vpcmpistri vpcmpistrm".split())
 _PREDICATES = 8
 """CMPPS and its kin have so many predicates without VEX."""
-_ALIGNED_STORES = frozenset("vmovaps vmovapd vmovdqa vmovntps vmovntpd vmovntdq".split())
 
 Twin: TypeAlias = tuple[str, bool]
 """Name of the legacy form, and whether VEX gives it a first source of its own (NDS)."""
@@ -144,6 +150,10 @@ def _narrow(legacy: str, has_first: bool, e: Emitter) -> None:
         return
     if has_first:
         _with_first(e, legacy, operands)
+    elif isinstance(operands[1], MemoryOperand) and legacy in _MOVES:
+        t = e.scratch()  # the fast path would change half of a register before a fault
+        e.emit(legacy, t, operands[1])
+        e.load(operands[0], t)  # type: ignore[arg-type]
     else:
         e.emit(legacy, *operands)
     if is_vector(operands[0]) and "COMIS" not in legacy:  # which compares, and writes flags
@@ -176,7 +186,9 @@ def _per_lane(legacy: str, has_first: bool, split: tuple[int, int, int], e: Emit
     low = [_low(operand) for operand in e.operands]
     _check_predicate(legacy, low)
     if isinstance(low[0], MemoryOperand):
-        lowered_special.store_wide(e, aligned=MNEMONIC_NAMES[e.insn.mnemonic] in _ALIGNED_STORES)
+        source = low[1]
+        assert isinstance(source, int)
+        lowered_special.store_whole(e, source, e.upper(source))
         return
     shift_low, shift_high, mask = split
     high = list(low)

@@ -44,28 +44,30 @@ def _half(e: Emitter, operand: Operand, which: int) -> Operand:
 
 
 def store(e: Emitter, legacy: str, operands: list[Operand]) -> None:
-    """A store of at most 16 bytes. One of 16 may cross into a page that cannot be written, and
-    the fast path makes it in two parts: so what is there is first written once more."""
-    if legacy in ("MOVUPS_XMMM128_XMM", "MOVUPD_XMMM128_XMM", "MOVDQU_XMMM128_XMM"):
-        _try_write(e, operands[0])
-    e.emit(legacy, *operands)
+    """A store of at most 16 bytes."""
+    if legacy.split("_")[1].endswith("128"):
+        store_whole(e, cast(int, operands[1]))
+    else:
+        e.emit(legacy, *operands)
 
 
-def store_wide(e: Emitter, *, aligned: bool) -> None:
-    """A store of a YMM register. An aligned one lies in one page."""
-    target, source = e.operands
-    if not aligned:
-        _try_write(e, target)
+def store_whole(e: Emitter, low: int, high: Operand | None = None) -> None:
+    """A store of 16 or 32 bytes: all of it, or nothing if there is a page that cannot be written.
+
+    The fast path stores 8 bytes at a time, and these whole or not at all. So the first are written
+    as they were, then the last; after that nothing can fault.
+    """
     t = e.scratch()
-    e.load(t, e.upper(cast(int, source)))
-    e.store(e.memory(16), t)
-    e.store(e.memory(), _register(source))
-
-
-def _try_write(e: Emitter, target: Operand) -> None:
-    t = e.scratch()
-    e.load(t, target)
-    e.store(cast(MemoryOperand, target), t)
+    e.emit("MOVQ_XMM_XMMM64", t, e.memory())
+    e.emit("MOVQ_XMMM64_XMM", e.memory(), t)
+    if high is None:
+        e.emit("MOVHPS_M64_XMM", e.memory(8), low)
+        e.emit("MOVLPS_M64_XMM", e.memory(), low)
+        return
+    e.load(t, high)
+    e.emit("MOVHPS_M64_XMM", e.memory(24), t)
+    e.emit("MOVLPS_M64_XMM", e.memory(16), t)
+    e.store(e.memory(), low)
 
 
 def _finish(e: Emitter, d: Operand, low: int, high: Operand | None) -> None:
@@ -126,12 +128,11 @@ def _extract_128(e: Emitter) -> None:
     d, source, which = e.operands
     half = _half(e, source, cast(Immediate, which).value & 1)
     if isinstance(d, MemoryOperand):
-        _try_write(e, d)
         if isinstance(half, MemoryOperand):
             t = e.scratch()
             e.load(t, half)
             half = t
-        e.store(d, cast(int, half))
+        store_whole(e, cast(int, half))
         return
     e.load(_register(d), half)
     e.zero_upper(cast(int, d))

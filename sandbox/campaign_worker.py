@@ -18,15 +18,15 @@ from typing import Any
 from iced_x86 import OpKind
 
 from sandbox.cases import Cases
-from sandbox.conformance import Outcome, Subject, Verdict, check, not_comparable
+from sandbox.conformance import Outcome, Reconcile, Subject, Verdict, check, not_comparable
 from sandbox.decode import FORM_NAMES, DecodeError, Insn, decode
 from sandbox.encodings import encodings, info_of, kinds_of
-from sandbox.gaps import has_memory_operand, reconcile
+from sandbox.gaps import has_memory_operand, reconcile, reconcile_lowered
 from sandbox.golden import PATTERN, Record, make_record, reduced
 from sandbox.intercepts import intercepted_forms
 from sandbox.native import NativeCpu, State, missing_features
 from sandbox.policy import Policy
-from sandbox.subjects import FastPath, HandlerTier, Stage
+from sandbox.subjects import FastPath, HandlerTier, Lowered, Stage, without_avx512
 
 LAZY_MXCSR = (0x1F80, 0x3F80, 0x5F80, 0x7F80, 0x1FBF)
 """What the fast path is asked to do right: all exceptions masked, no FTZ, no DAZ; every rounding
@@ -35,6 +35,8 @@ ENOUGH = 64
 """Differences, or refusals and nothing else, after which a form is given up."""
 FEW = 16
 """A form with fewer encodings than this, for each kind of operands, gets more states for each."""
+_RECONCILE: dict[str, Reconcile] = {"fast": reconcile, "lowered": reconcile_lowered}
+"""The tiers with gaps; they are tried under :data:`LAZY_MXCSR`."""
 SECONDS = 300.0
 """A form that takes longer is given up: the host stands still in each case, it seems."""
 
@@ -145,12 +147,14 @@ def _prefixed(insn: Insn) -> Iterator[Insn]:
 def _compare(
     subject: Subject, tier: str, insn: Insn, finding: Finding, cases: int, seed: int
 ) -> None:
-    fast = tier == "fast"
-    mxcsr = LAZY_MXCSR if fast else None
+    gaps = _RECONCILE.get(tier)
+    mxcsr = LAZY_MXCSR if gaps else None
     states = Cases(insn, seed, True, mxcsr).take(cases)
+    if tier == "lowered":
+        states = [without_avx512(state) for state in states]
     verdict = Verdict(insn.form)
     try:
-        check(subject, insn, states, verdict=verdict, reconcile=reconcile if fast else None)
+        check(subject, insn, states, verdict=verdict, reconcile=gaps)
     except ValueError as error:  # control transfers and the like
         finding.skipped = str(error).split(": ")[-1]
         return
@@ -161,10 +165,10 @@ def _compare(
         finding.gaps[gap] = finding.gaps.get(gap, 0) + count
     if verdict.example and not finding.first:
         finding.first = verdict.first
-        finding.record = _record(subject, verdict)
+        finding.record = _record(subject, verdict, gaps or reconcile)
 
 
-def _record(subject: Subject, verdict: Verdict) -> Record:
+def _record(subject: Subject, verdict: Verdict, reconcile: Reconcile) -> Record:
     """The example, reduced to what matters if it still differs then."""
     assert verdict.example is not None
     insn, state = verdict.example
@@ -188,6 +192,8 @@ def main() -> None:
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         tier = request["tier"]
+        if tier == "lowered" and tier not in subjects:
+            subjects[tier] = Lowered(Stage(settings["packs"], settings["policy"] or "verified"))
         found = compare_form(
             subjects[tier], tier, request["code"], request["cases"], request["seed"]
         )

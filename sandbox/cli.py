@@ -159,7 +159,12 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--forms", default="", metavar="REGEX", help="forms whose name matches")
     add("--features", nargs="+", metavar="NAME", help="forms that need no other CPUID features")
-    add("--tier", choices=("fast", "handlers", "both"), default="both", help="what to compare")
+    add(
+        "--tier",
+        choices=("fast", "handlers", "lowered", "both"),
+        default="both",
+        help="what to compare; both: fast and handlers",
+    )
     add("--policy", metavar="NAME", help="on the fast path only what this policy allows")
     add("--cases", type=_count, default=16, metavar="N", help="states per encoding (16)")
     add("--seconds", type=_seconds, metavar="S", help="stop after this time")

@@ -1,4 +1,4 @@
-"""The command ``sandbox conformance``: fast path, handlers and host CPU, form by form."""
+"""The command ``sandbox conformance``: fast path, handlers, lowered code and host CPU, form by form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from sandbox.policy import Policy
 from sandbox.run import INSTRUCTION_PACKS
 from sandbox.verified import write_evidence, write_known_wrong, write_policy
 
-TIERS = {"fast": ("fast",), "handlers": ("handlers",), "both": ("fast", "handlers")}
+TIERS = {
+    "fast": ("fast",),
+    "handlers": ("handlers",),
+    "lowered": ("lowered",),
+    "both": ("fast", "handlers"),
+}
 
 
 def conformance_command(options: Namespace) -> int:
@@ -145,7 +150,7 @@ def line_of(finding: Finding) -> str:
 
 
 def _print_summary(findings: list[Finding]) -> None:
-    for tier in ("fast", "handlers"):
+    for tier in ("fast", "handlers", "lowered"):
         mine = [f for f in findings if f.tier == tier]
         if not mine:
             continue

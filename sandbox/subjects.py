@@ -1,6 +1,7 @@
-"""What conformance compares with the host CPU: the fast path alone, and the handler tier alone.
+"""What conformance compares with the host CPU: the fast path alone, the handler tier alone, and
+lowered code.
 
-Both work on a real machine: a vCPU on Unicorn in long mode at CPL 3, with the test memory of
+All work on a real machine: a vCPU on Unicorn in long mode at CPL 3, with the test memory of
 :mod:`sandbox.native` under page tables of its own.
 """
 
@@ -8,7 +9,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from sandbox.boot import USER_CODE_64, USER_DATA, Machine, enter_long_mode, make_space, reset
 from sandbox.cases import uses_x87
@@ -28,6 +32,8 @@ from sandbox.vm import Vm
 
 _END_MARK = b"\x06"  # no instruction in 64-bit mode: the engine stops there
 _XCR0 = 0xE7
+XCR0_AVX = 7
+"""x87, SSE and AVX; nothing is lowered while there is AVX-512."""
 _GPRS = struct.Struct("<16Q")
 
 
@@ -37,8 +43,8 @@ def _ignore(_name: str, _value: int) -> None: ...
 class Stage:
     """A machine that takes a :class:`~sandbox.native.State` and gives one back."""
 
-    def __init__(self, handlers: Iterable[str | Path | Pack] = ()) -> None:
-        self.vm = Vm(Policy.load("nothing"), handlers)
+    def __init__(self, handlers: Iterable[str | Path | Pack] = (), policy: str = "nothing") -> None:
+        self.vm = Vm(Policy.load(policy), handlers)
         self._memory = self.vm.add_memory(REGION, REGION_SIZE)
         self.vm.add_memory(CODE, PAGE_SIZE)
         machine = Machine(self.vm, reset(self.vm))
@@ -71,6 +77,7 @@ class Stage:
         self._memory.host[:] = state.memory
         write("rflags", state.rflags)
         if state.mxcsr != self._mxcsr:
+            self._mxcsr = state.mxcsr
             write("mxcsr", state.mxcsr)
         write("gs_base", state.gs_base)
         self._x87 = uses_x87(insn)
@@ -173,16 +180,84 @@ class HandlerTier:
         bound = self._find(insn)
         if bound is None:
             raise LookupError(f"no handler takes {insn!r}")
-        stage = self.stage
-        stage.load(insn, state)
-        fault = None
+        self.stage.load(insn, state)
+        fault = self._fault(insn, bound)
+        return Outcome(self.stage.store(state), fault)
+
+    def emulate(self, insn: Insn) -> Fault | None:
+        """Run the handler of ``insn`` on the machine as it stands; what it raised."""
+        bound = self._find(insn)
+        if bound is None:
+            raise LookupError(f"no handler takes {insn!r}")
+        return self._fault(insn, bound)
+
+    def _fault(self, insn: Insn, bound: Bound) -> Fault | None:
         try:
             verdict = bound.run()
         except Fault as raised:
-            fault = raised
-        else:
-            if isinstance(verdict, Decline):
-                raise LookupError(f"{bound.tally.handler} declined {insn!r} while it ran")
-            if isinstance(verdict, Inject):
-                fault = Fault(verdict.vector, verdict.error_code)
+            return raised
+        if isinstance(verdict, Decline):
+            raise LookupError(f"{bound.tally.handler} declined {insn!r} while it ran")
+        if isinstance(verdict, Inject):
+            return Fault(verdict.vector, verdict.error_code)
+        return None
+
+
+def without_avx512(state: State) -> State:
+    """The state with zeros above the YMM registers: what a machine without AVX-512 knows of it."""
+    vectors = np.frombuffer(state.vectors, "u1").reshape(32, 64).copy()
+    vectors[16:] = vectors[:, 32:] = 0
+    return replace(state, vectors=vectors.tobytes())
+
+
+class Lowered:
+    """Unicorn with lowered code, on a stage of its own whose policy traps what is to be lowered.
+
+    What a sequence faults at, the handler does, as on a vCPU.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        stage.registers.xcr0 = XCR0_AVX
+        self._handlers = HandlerTier(stage)
+        self._insn = b""
+        self._code = -1
+        self._built: dict[bytes, bool] = {}
+
+    def accepts(self, insn: Insn) -> bool:
+        """Whether ``insn`` is trapped and the engine has made lowered code for it."""
+        if insn.raw not in self._built:
+            self._built[insn.raw] = self._build(insn)
+        return self._built[insn.raw]
+
+    def run(self, insn: Insn, state: State) -> Outcome:
+        stage, engine = self.stage, self.stage.engine
+        if insn.raw != self._insn:
+            self._put(insn)
+        stage.load(insn, state)
+        stop = engine.enter()
+        engine.sync()
+        rip, fault = stage.registers.rip, None
+        if stop is not Stop.INSN or rip not in (CODE, CODE + insn.length):
+            raise LookupError(f"lowered code stopped ({stop.name}) at {rip:#x}")
+        if rip == CODE:
+            fault = self._handlers.emulate(insn)
         return Outcome(stage.store(state), fault)
+
+    def _put(self, insn: Insn) -> None:
+        if insn.code != self._code:  # what other forms left in hidden memory is not needed
+            self.stage.vcpu.side_effects.apply()
+            self._code = insn.code
+        self.stage.vm.memory.load(CODE, insn.raw + _END_MARK)
+        self._insn = insn.raw
+
+    def _build(self, insn: Insn) -> bool:
+        stage, engine = self.stage, self.stage.engine
+        if not engine.traps(insn):
+            return False
+        self._put(insn)
+        before = sum(engine.lowered()[0].values())
+        stage.load(insn, State())
+        engine.enter()
+        engine.sync()
+        return sum(engine.lowered()[0].values()) > before

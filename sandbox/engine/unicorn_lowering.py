@@ -15,8 +15,9 @@ from sandbox.memory import PAGE_SIZE, PhysicalMemory
 from sandbox.paging import AddressSpace
 from sandbox.registers import TF, Registers
 
-CR4_OSXSAVE, CR4_SMEP, CR4_SMAP = 1 << 18, 1 << 20, 1 << 21
-XCR0_AVX_STATE = 0b110
+CR0_EM = 1 << 2
+CR4_OSFXSR, CR4_OSXSAVE, CR4_SMEP, CR4_SMAP = 1 << 9, 1 << 18, 1 << 20, 1 << 21
+XCR0_AVX_STATE, XCR0_AVX512_STATE = 0b110, 0xE0
 MAX_BLOCK: Final = 400
 """Instructions in a block: one that is longer may be cut by the padding of a patch."""
 
@@ -47,7 +48,7 @@ class UnicornLowering:
         self.hidden = HiddenMemory(physical, space, registers)
         self.runs = RunBuilder(self.hidden, rule, traps, counted=counted)
         self._refused: set[int] = set()
-        self._seen = (0, 0, 0)
+        self._seen = (0, 0, 0, 0)
         self._valid = False
         self.taken_in = True
         """Whether the registers hold the upper halves, not hidden memory."""
@@ -87,17 +88,21 @@ class UnicornLowering:
         return self._bank.bitness == 64 and not self._registers.rflags_view[0] & TF
 
     def is_valid(self) -> bool:
-        """Whether AVX is on, and the hidden pages are mapped and may be used."""
+        """Whether AVX is on, and SSE; and the hidden pages are mapped and may be used.
+
+        Not while there is AVX-512, for the upper halves of ZMM registers are not cleared.
+        """
         quads, cr = self._bank.quads, self._bank.cr_index
-        seen = quads[cr + 3], quads[cr + 4], self._registers.xcr0
+        seen = quads[cr], quads[cr + 3], quads[cr + 4], self._registers.xcr0
         if seen != self._seen:
             self._seen = seen
-            root, cr4, xcr0 = seen
-            bits = cr4 & (CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
+            cr0, root, cr4, xcr0 = seen
+            bits = cr4 & (CR4_OSFXSR | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
             self._valid = (
                 root == self._root
-                and bits == CR4_OSXSAVE
-                and xcr0 & XCR0_AVX_STATE == XCR0_AVX_STATE
+                and not cr0 & CR0_EM
+                and bits == CR4_OSFXSR | CR4_OSXSAVE
+                and xcr0 & (XCR0_AVX_STATE | XCR0_AVX512_STATE) == XCR0_AVX_STATE
             )
         return self._valid
 
