@@ -1,4 +1,4 @@
-"""The command ``sandbox conformance``: fast path, handlers, lowered code and host CPU, form by form."""
+"""The command ``sandbox conformance``: the tiers and the host CPU, form by form."""
 
 from __future__ import annotations
 
