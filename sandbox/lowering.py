@@ -44,6 +44,7 @@ SPILL_OFFSET: Final = 0x300
 COUNT_OFFSET: Final = 0x310
 """RAX while a run is counted."""
 
+BEFORE: Final = -1
 FIRST_GPR: Final = 16
 """The number of RAX among registers that are saved; below are XMM0-15."""
 _LOAD, _STORE = "MOVUPS_XMM_XMMM128", "MOVUPS_XMMM128_XMM"
@@ -75,7 +76,7 @@ class Step:
 
     instruction: Instruction
     index: int
-    """Which guest instruction of the run it belongs to."""
+    """Which guest instruction of the run it belongs to, :data:`BEFORE` if it comes before all."""
     first: bool
     """Whether it is the first that belongs to it: the guest's state is whole before it."""
     saved: tuple[int, ...]
@@ -118,7 +119,7 @@ class Emitter:
         self.insn = Instruction()
         """The guest instruction being lowered, decoded at its address."""
         self._state = state
-        self._index = -1
+        self._index = BEFORE
         self._first = False
         self._lowered = False
         self._saved: dict[int, None] = {}
@@ -148,13 +149,12 @@ class Emitter:
         """Add one to the 8 bytes at ``counter``, with the flags as they are."""
         rax = int(Register.RAX)
         there = MemoryOperand(Register.RIP, displ=signed(counter), displ_size=8)
-        self._index, self._first, self._lowered = 0, True, True
+        self._index, self._first, self._lowered = BEFORE, True, True
         self.emit("MOV_RM64_R64", self._own(COUNT_OFFSET), rax)
         self.emit("MOV_R64_RM64", rax, there)
         self.emit("LEA_R64_M", rax, MemoryOperand(Register.RAX, displ=1, displ_size=1))
         self.emit("MOV_RM64_R64", there, rax)
         self.emit("MOV_R64_RM64", rax, self._own(COUNT_OFFSET))
-        self._index = -1
 
     def finish(self) -> None:
         """Give back the scratch registers: what follows sees the guest's own."""
@@ -219,6 +219,8 @@ class Emitter:
         if insn.is_ip_rel_memory_operand:
             base, target, size = self._far(insn.ip_rel_memory_address + offset)
             return MemoryOperand(base, displ=target, displ_size=size, seg=insn.segment_prefix)
+        if offset and RegisterExt.is_gpr32(insn.memory_base):
+            raise NotLoweredError  # would wrap at 4 GiB, an operand that begins below does not
         bits = insn.memory_displ_size * 8 if insn.memory_displ_size > 1 else 64
         return MemoryOperand(
             insn.memory_base,

@@ -37,6 +37,9 @@ class Place:
     """Registers that have to be taken from their save slot."""
     lowered: bool
     """Whether the guest's instruction is lowered, not copied."""
+    left: tuple[str, ...]
+    """Mnemonics of the lowered instructions of its run, from this one on: what has been counted
+    but not executed if the guest leaves here."""
 
 
 class HiddenMemory:
@@ -102,12 +105,14 @@ class HiddenMemory:
         self._used = (at + len(code) + 15) & -16
         self.places.update(places)
 
-    def counter(self) -> int:
-        """Linear address of a new counter of 8 bytes; they last for all runs that fit."""
-        number = self._next_counter
-        self._next_counter = min(number + 1, len(self._counters) - 1)
-        self._counters[number] = 0
-        return self.state + 8 * number
+    def free_counter(self) -> int:
+        """Linear address of the next counter of 8 bytes; they last for all runs that fit."""
+        return self.state + 8 * self._next_counter
+
+    def take_counter(self) -> None:
+        """Begin to use that one."""
+        self._counters[self._next_counter] = 0
+        self._next_counter = min(self._next_counter + 1, len(self._counters) - 1)
 
     def count(self, linear: int) -> int:
         """What a counter has come to."""

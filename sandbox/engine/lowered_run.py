@@ -28,7 +28,7 @@ from iced_x86 import (
 
 from sandbox.decode import Insn, decode
 from sandbox.engine.hidden import HiddenMemory, Place
-from sandbox.lowering import Emitter, NotLoweredError, Rule, Step, signed
+from sandbox.lowering import BEFORE, Emitter, NotLoweredError, Rule, Step, signed
 
 MAX_STRETCH: Final = 8
 """So many allowed instructions between two lowered ones are worth a copy."""
@@ -73,7 +73,16 @@ class _Found:
 
     starts: list[int]
     """Addresses of its instructions, then of what follows."""
-    lowered: list[str]
+    lowered: list[tuple[int, str]]
+    """Number and mnemonic of each that is lowered."""
+
+    @property
+    def left(self) -> list[tuple[str, ...]]:
+        """For each of its instructions, and what follows: the mnemonics from there on."""
+        return [
+            tuple(name for number, name in self.lowered if number >= index)
+            for index in range(len(self.starts))
+        ]
 
 
 class RunBuilder:
@@ -97,7 +106,7 @@ class RunBuilder:
         self._runs: dict[tuple[int, bytes], Run] = {}
         self._counted = counted
         self._executions: Counter[str] = Counter()
-        """Of runs that have been cleared."""
+        """Of runs that have been cleared, less what was counted too much."""
         self._info = InstructionInfoFactory()
         self._encoder = Encoder(64)
         self.full = False
@@ -106,7 +115,7 @@ class RunBuilder:
     def build(self, linear: int, code: bytes) -> Run | None:
         """The run that begins at ``linear``, where ``code`` stands up to the end of the page."""
         emitter = Emitter(self._hidden.state)
-        counter = self._hidden.counter() if self._counted else 0
+        counter = self._hidden.free_counter() if self._counted else 0
         if counter:
             emitter.count(counter)
         found = self._collect(emitter, linear, code)
@@ -119,10 +128,12 @@ class RunBuilder:
         run = self._runs.get(key)
         if run is None:
             emitter.finish()
-            pointer = self._write(emitter.steps, found.starts)
+            pointer = self._write(emitter.steps, found)
             if pointer is None:
                 return None
-            run = self._runs[key] = Run(size, *_patch(size, pointer), tuple(found.lowered), counter)
+            if counter:
+                self._hidden.take_counter()
+            run = self._runs[key] = Run(size, *_patch(size, pointer), found.left[0], counter)
         return run
 
     def sites(self) -> Counter[str]:
@@ -133,14 +144,23 @@ class RunBuilder:
         """How often lowered instructions ran, by mnemonic, if that is counted."""
         total = Counter(self._executions)
         for run in self._runs.values():
-            if run.counter:
-                times = self._hidden.count(run.counter)
-                total.update({name: n * times for name, n in Counter(run.mnemonics).items()})
-        return total
+            self._add(total, run)
+        return +total
+
+    def _add(self, total: Counter[str], run: Run) -> None:
+        if run.counter:
+            times = self._hidden.count(run.counter)
+            total.update({name: n * times for name, n in Counter(run.mnemonics).items()})
+
+    def leave(self, place: Place) -> None:
+        """The guest goes on elsewhere, before it has run all that was counted."""
+        if self._counted:
+            self._executions.subtract(place.left)
 
     def clear(self) -> None:
         """Forget all runs."""
-        self._executions = self.executions()
+        for run in self._runs.values():
+            self._add(self._executions, run)
         self._runs.clear()
         self._hidden.clear()
         self.full = False
@@ -167,8 +187,9 @@ class RunBuilder:
             if not self._lower(emitter, insn, raw):
                 emitter.back_to(mark)
                 break
-            found.starts += [*pending, decoder.ip]
-            found.lowered.append(raw.mnemonic)
+            found.starts += pending
+            found.lowered.append((len(found.starts) - 1, raw.mnemonic))
+            found.starts.append(decoder.ip)
             pending.clear()
             last_mark = emitter.mark()
             if self._stores(insn):
@@ -220,7 +241,7 @@ class RunBuilder:
 
     # -- the hidden code ------------------------------------------------------------------------
 
-    def _write(self, steps: Sequence[Step], starts: Sequence[int]) -> int | None:
+    def _write(self, steps: Sequence[Step], found: _Found) -> int | None:
         """Write the code of a run; where the address of its entry stands.
 
         First come the addresses of the entry and of what follows the run, then the code.
@@ -232,6 +253,7 @@ class RunBuilder:
         entry = at = base + 16
         code = b""
         places: dict[int, Place] = {}
+        starts, left = found.starts, found.left
         back = Instruction.create_mem(
             Code.JMP_RM64, MemoryOperand(Register.RIP, displ=signed(base + 8), displ_size=8)
         )
@@ -242,7 +264,8 @@ class RunBuilder:
             except ValueError:
                 return None
             code += encoded
-            places[at] = Place(starts[step.index], step.first, step.saved, step.lowered)
+            rip, rest = starts[max(step.index, 0)], () if step.index == BEFORE else left[step.index]
+            places[at] = Place(rip, step.first, step.saved, step.lowered, rest)
             at += len(encoded)
         if at - base > _MAX_CODE:
             return None

@@ -75,7 +75,8 @@ class UnicornEngine:
         self.system_memory = PagedMemory(walker, physical, implicit=True)
         self._trusted: AddressSpace | None = None
         self._lowering: UnicornLowering | None = None
-        self._strayed = False
+        self._strayed: tuple[int, int] | None = None
+        """Block (address, size) in hidden memory that is no instruction of ours."""
         self.page = RunPage()
         self.left: Exit | None = None
         self.vector = self.error_code = self.generation = 0
@@ -253,9 +254,8 @@ class UnicornEngine:
         if self._stale is not None:
             self._refresh()
             return None
-        if self._strayed:
-            self._strayed = False
-            return Stop.FETCH
+        if self._strayed is not None:
+            return self._expel(*self._strayed)
         if error in _MMIO_ERRORS:
             return Stop.MMIO
         if error in _FETCH_ERRORS:
@@ -459,9 +459,9 @@ class UnicornEngine:
                 self._reported.append(block.pc)
                 return
             lowering = self._lowering
-            if lowering is not None and lowering.hidden.holds(block.pc):
-                self._strayed = lowering.place(block.pc) is None
-                if self._strayed:
+            if lowering is not None and lowering.holds(block.pc):
+                if lowering.place(block.pc) is None:
+                    self._strayed = block.pc, block.size
                     self._library.free.uc_emu_stop(self._handle)
                 return
             applied = self._applied
@@ -500,11 +500,21 @@ class UnicornEngine:
             return False
         return count != 1 or start != self._stepped
 
+    def _expel(self, start: int, size: int) -> Stop:
+        """The guest jumped into hidden memory, between instructions: there is nothing for it."""
+        self._strayed = None
+        self._forget(start, size)
+        return Stop.FETCH
+
+    def _forget(self, start: int, size: int) -> None:
+        """Have Unicorn translate a block again, if it comes there again."""
+        if self._library.remove_cache(self._handle, start, start + size) != UC_ERR_OK:
+            self._library.flush_blocks(self._handle)
+
     def _refresh(self) -> None:
         assert self._stale is not None
         (start, size), self._stale = self._stale, None
-        if self._library.remove_cache(self._handle, start, start + size) != UC_ERR_OK:
-            self._library.flush_blocks(self._handle)
+        self._forget(start, size)
         self._bank.flush_tlb()
         self._fresh = start
 

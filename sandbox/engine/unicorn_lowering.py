@@ -121,11 +121,16 @@ class UnicornLowering:
         self.taken_in = False
         self.hidden.give_out()
 
+    def holds(self, linear: int) -> bool:
+        """Whether the hidden pages are at this address now."""
+        return self._valid and self.hidden.holds(linear)
+
     def place(self, linear: int) -> Place | None:
         """What the guest is doing, if it stopped at ``linear`` in hidden code."""
-        return self.hidden.places.get(linear) if self.hidden.holds(linear) else None
+        return self.hidden.places.get(linear) if self.holds(linear) else None
 
     def surface(self, place: Place) -> None:
         """Let the guest be where it thinks it is."""
         self.hidden.restore(place)
+        self.runs.leave(place)
         self._registers.rip = place.rip
