@@ -27,7 +27,7 @@ class RunPage:
     kernel's mapping of a vCPU file. ``run`` and ``bytes`` are two views of it.
     """
 
-    def __init__(self, buffer: mmap.mmap | bytearray | None = None) -> None:
+    def __init__(self, buffer: mmap.mmap | bytearray | memoryview | None = None) -> None:
         buffer = mmap.mmap(-1, abi.RUN_MMAP_SIZE) if buffer is None else buffer
         self.run = abi.kvm_run.from_buffer(buffer)
         self.bytes = memoryview(buffer)

@@ -58,6 +58,9 @@ class Vcpu:
         """How many trapped instructions :meth:`run` may see in all before it comes back."""
         self.deadline: float | None = None
         self.thread = 0
+        """The thread inside :meth:`run`, or 0."""
+        self.closed = False
+        """Whether the Vm was closed: then this cannot run any more."""
         self._settings = settings
         self._sites = Sites(self.cpu, engine, settings)
         self.side_effects = SideEffects(engine, settings, self.stats, self._sites.invalidate)
@@ -84,7 +87,7 @@ class Vcpu:
         ``Mmio`` read, set its data and call again. Raises :class:`~sandbox.errors.HandlerError`
         for a broken handler, KeyboardInterrupt on Ctrl-C.
         """
-        self._check_capability()
+        self._check()
         self.thread = threading.get_ident()
         self.deadline = None if timeout is None else time.monotonic() + timeout
         WATCHDOG.add(self)
@@ -96,6 +99,7 @@ class Vcpu:
             return self._deliver_exit(Intr())
         finally:
             WATCHDOG.remove(self)
+            self.thread = 0
             self._asked, self._end = False, None
             self.engine.sync()
             self.stats.by_mnemonic = self._sites.counts()
@@ -140,8 +144,12 @@ class Vcpu:
 
     # -- the loop -----------------------------------------------------------------------------
 
-    def _check_capability(self) -> None:
+    def _check(self) -> None:
         settings = self._settings
+        if self.closed:
+            raise SandboxError("this Vm is closed: its vCPU cannot run any more")
+        if self.thread:
+            raise SandboxError("this vCPU is running already, here or in another thread")
         if settings.handlers and not settings.exit_on_emulation_failure:
             raise SandboxError(
                 "handlers are installed, but KVM_CAP_EXIT_ON_EMULATION_FAILURE is off: call "

@@ -260,7 +260,11 @@ class Vm:
             self.vcpu.registers.xcr0 = wanted & model.xcr0_mask
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine; raises :class:`~sandbox.errors.SandboxError` while the vCPU runs."""
+        if self.vcpu is not None:
+            if self.vcpu.thread:
+                raise SandboxError("the vCPU is running: stop it before its Vm is closed")
+            self.vcpu.closed = True
         if self.vcpu is not None and self.vcpu.external is not None:
             self.vcpu.external.close()
         if self._engine is not None:

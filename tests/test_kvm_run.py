@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +17,7 @@ import pytest
 
 from guests.assemble import assemble_file
 from guests.header import read_header
+from sandbox.boot import boot_flat
 from sandbox.cpu import UD
 from sandbox.errors import EngineError
 from sandbox.exits import Exit, Hlt, Intr, Io
@@ -21,8 +26,10 @@ from sandbox.vm import Vm
 from tests.guest import BASE
 from tests.kvm_guest import (
     GUESTS,
+    HOLE,
     KVM,
     guest,
+    map_hole,
     user_interrupt_vector,
 )
 
@@ -101,3 +108,117 @@ def test_ctrl_c_ends_the_command(tmp_path: Path) -> None:
         _out, shown = process.communicate(timeout=20)
     assert process.returncode == 130
     assert shown == b"sandbox: interrupted at 0x1007\n"
+
+
+# Many machines, and rough treatment
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_machines_that_are_gone_leave_no_file_open(closed: bool) -> None:
+    gc.collect()
+    before = open_files()
+    for _ in range(30):
+        with contextlib.ExitStack() as stack:
+            vm = Vm("baseline", engine="kvm")
+            if closed:
+                stack.enter_context(vm)
+            assert isinstance(boot_flat(vm, b"\xf4").vcpu.run(5), Hlt)
+    if not closed:
+        del vm
+        gc.collect()
+    assert open_files() <= before + (0 if closed else 2)  # the watchdog may remember the last one
+
+
+def test_a_machine_that_cannot_be_made_leaves_no_file_open() -> None:
+    """At each number of files that is too few."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gc.collect()
+    before = open_files()
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    failed = 0
+    for limit in range(highest + 8):
+        with Vm("baseline", engine="kvm") as vm:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+            try:
+                vm.create_vcpu()
+            except EngineError as error:
+                assert "Too many open files" in str(error)
+                failed += 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert failed >= 3 and open_files() == before
+
+
+def test_ctrl_c_of_a_program_that_calls_run_itself() -> None:
+    with guest("kvm", "here: inc rax\n jmp here") as found:
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            found.vcpu.run(20)
+        timer.join()
+        before = found.vcpu.registers.gpr[RAX]
+        assert isinstance(found.vcpu.run(0.1), Intr)
+        assert found.vcpu.registers.gpr[RAX] > before > 0
+
+
+def test_requests_to_stop_from_many_threads_at_once() -> None:
+    enough = threading.Event()
+    with guest("kvm", "here: inc rax\n jmp here") as found:
+
+        def nag() -> None:
+            while not enough.is_set():
+                found.vcpu.request_stop()
+
+        threads = [threading.Thread(target=nag) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            assert all(isinstance(found.vcpu.run(20), Intr) for _ in range(100))
+        finally:
+            enough.set()
+            for thread in threads:
+                thread.join()
+        found.vcpu.run(0)
+        before = found.vcpu.registers.gpr[RAX]
+        assert isinstance(found.vcpu.run(0.2), Intr)
+        assert found.vcpu.registers.gpr[RAX] > before
+
+
+def test_machines_run_side_by_side_in_threads() -> None:
+    left: list[Exit] = []
+
+    def run() -> None:
+        with guest("kvm", "mov ecx, 5000\nagain: dec ecx\n jnz again\n hlt") as found:
+            left.append(found.vcpu.run(30))
+
+    with guest("kvm", b"\xf4"):  # the signal's handler is set in the main thread
+        threads = [threading.Thread(target=run) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert left == [Hlt()] * 6
+
+
+class Endless:
+    """A device that always has an answer, so that the guest never comes back to the caller."""
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "access", ["out 0x80, al\n in al, 0x80", "mov [rbx], eax\n mov ecx, [rbx]"]
+)
+def test_a_timeout_ends_a_guest_that_only_talks_to_devices(access: str) -> None:
+    with guest("kvm", f"mov ebx, {HOLE}\nagain: {access}\n jmp again") as found:
+        map_hole(found)
+        found.vm.add_ports(0x80, 1, Endless())
+        found.vm.add_mmio(HOLE, 0x1000, Endless())
+        assert isinstance(found.vcpu.run(0.2), Intr)

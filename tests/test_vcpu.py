@@ -756,3 +756,29 @@ def test_a_late_timeout_never_strikes_inside_the_engine(monkeypatch: pytest.Monk
         for _ in range(5):
             found.vm.policy = found.vm.policy  # every block is translated and checked anew
             assert isinstance(found.vcpu.run(0.03), Intr)
+
+
+def test_a_closed_machine_says_so() -> None:
+    with machine("hlt") as found:
+        pass
+    found.vm.close()  # once more: nothing happens
+    with pytest.raises(SandboxError, match="this Vm is closed"):
+        found.vcpu.run(10)
+
+
+def test_a_machine_is_neither_closed_nor_run_again_while_it_runs() -> None:
+    errors: list[str] = []
+
+    @handler("bswap")
+    def meddle(cpu: Cpu, insn: Insn) -> None:
+        for attempt in (found.vm.close, found.vcpu.run):
+            with pytest.raises(SandboxError) as error:
+                attempt()
+            errors.append(str(error.value))
+
+    with machine("bswap eax\n hlt", policy=BSWAP, handlers=[Pack.of("p", meddle)]) as found:
+        run_to_hlt(found)
+    assert errors == [
+        "the vCPU is running: stop it before its Vm is closed",
+        "this vCPU is running already, here or in another thread",
+    ]

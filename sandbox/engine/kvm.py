@@ -13,6 +13,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import ClassVar, Final
 
@@ -228,7 +229,8 @@ class KvmEngine:
         self.page.run.immediate_exit = 1
         thread = self._thread
         if thread:
-            signal.pthread_kill(thread, KICK)
+            with suppress(BlockingIOError):  # so many are on their way that no more can be queued
+                signal.pthread_kill(thread, KICK)
 
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT: the guest takes this external interrupt when it is entered next."""

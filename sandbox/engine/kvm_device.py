@@ -7,8 +7,11 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from typing import Final, TypeAlias
+
+import numpy as np
 
 from sandbox import abi
 from sandbox.engine import kvm_abi
@@ -36,8 +39,15 @@ _HELP[errno.ENODEV] = _HELP[errno.ENXIO]
 _HELP[errno.EPERM] = _HELP[errno.EACCES]
 
 
-_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_libc = ctypes.CDLL(None, use_errno=True)
+_ioctl = _libc.ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
+_mmap, _munmap = _libc.mmap, _libc.munmap
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+                  ctypes.c_long)  # fmt: skip
+_mmap.restype = ctypes.c_void_p
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED: Final = ctypes.c_void_p(-1).value
 
 
 def run_vcpu(descriptor: int) -> int:
@@ -50,7 +60,10 @@ def run_vcpu(descriptor: int) -> int:
 
 
 class KvmFile:
-    """One of KVM's files (system, VM or vCPU) and its ioctls; each error is an EngineError."""
+    """One of KVM's files (system, VM or vCPU) and its ioctls; each error is an EngineError.
+
+    It is closed at the latest when nothing refers to it any more.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -78,6 +91,8 @@ class KvmFile:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+    __del__ = close
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +147,26 @@ def create_vm(device: KvmFile) -> KvmFile:
     return vm
 
 
-def create_vcpu(device: KvmFile, vm: KvmFile) -> tuple[KvmFile, mmap.mmap]:
+def create_vcpu(device: KvmFile, vm: KvmFile) -> tuple[KvmFile, memoryview]:
     """A vCPU and the memory that it shares: ``struct kvm_run``, then the IO data page."""
     vcpu = KvmFile(vm.call("KVM_CREATE_VCPU", abi.KVM_CREATE_VCPU))
     size = device.call("KVM_GET_VCPU_MMAP_SIZE", abi.KVM_GET_VCPU_MMAP_SIZE)
-    return vcpu, mmap.mmap(vcpu.descriptor, size)
+    return vcpu, _map(vcpu, size)
+
+
+def _map(file: KvmFile, size: int) -> memoryview:
+    """The file's memory, for as long as anything refers to it.
+
+    Not by ``mmap.mmap``: that keeps a descriptor of its own open just as long, after the file was
+    closed.
+    """
+    rights = mmap.PROT_READ | mmap.PROT_WRITE
+    address = _mmap(None, size, rights, mmap.MAP_SHARED, file.descriptor, 0)
+    if address == _FAILED:
+        raise EngineError(f"mmap of a vCPU: {os.strerror(ctypes.get_errno())}")
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(memory, _munmap, address, size).atexit = False
+    return np.ctypeslib.as_array(memory).data
 
 
 def supported_cpuid(device: KvmFile) -> SupportedCpuid:
