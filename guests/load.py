@@ -25,7 +25,6 @@ MULTIBOOT_HEADER = struct.Struct("<3I")
 _MULTIBOOT_MAGIC = (0x1BAD_B002).to_bytes(4, "little")
 MULTIBOOT_HAS_ADDRESSES = 1 << 16
 """Flag: the header says where the image goes."""
-_ELF_64 = b"\x7fELF\x02"
 USER_END = 1 << 47
 """End of the user half of the address space with 4-level paging (SDM Vol. 3A, 4.5)."""
 
@@ -113,7 +112,7 @@ def detect(path: str | Path) -> Kind:
             start = file.read(MULTIBOOT_SEARCHED)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if _is_multiboot(start):
+    if multiboot_header(start) is not None:
         return Kind.MULTIBOOT
     if start[:4] == b"\x7fELF":
         return Kind.ELF
@@ -139,15 +138,6 @@ def multiboot_header(start: bytes) -> int | None:
                 return at
         at = start.find(_MULTIBOOT_MAGIC, at + 1)
     return None
-
-
-def _is_multiboot(start: bytes) -> bool:
-    """A 64-bit ELF file is a Linux program, unless its header gives addresses."""
-    at = multiboot_header(start)
-    if at is None:
-        return False
-    flags = MULTIBOOT_HEADER.unpack_from(start, at)[1]
-    return not start.startswith(_ELF_64) or bool(flags & MULTIBOOT_HAS_ADDRESSES)
 
 
 def load_raw(path: str | Path) -> bytes:

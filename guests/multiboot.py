@@ -1,6 +1,6 @@
 """Multiboot kernels: which bytes of an image go where, and where it starts.
 
-Source: the Multiboot Specification, version 0.6.96 (multiboot 1), 3.1. Images are 32-bit ELF files,
+Source: the Multiboot Specification, version 0.6.96 (multiboot 1), 3.1. Images are ELF files,
 loaded at their physical addresses, or any file whose header gives the addresses itself. Pure
 parsing, as in :mod:`guests.load`; :mod:`sandbox.multiboot` starts them.
 """
@@ -109,87 +109,93 @@ def _flat(data: bytes, at: int) -> tuple[int, list[LoadSegment]]:
     return entry, [_segment(load, data[start : start + size], whole)]
 
 
-# ELF: System V ABI, chapters 4 and 5; Intel386 supplement.
+# ELF: System V ABI, chapters 4 and 5; Intel386 supplement. A 64-bit file is loaded alike, and
+# starts in 32-bit mode like any other.
 
-_ELF_HEADER = struct.Struct("<4s5B7xHHIIIIIHHHHHH")
-_PROGRAM_HEADER = struct.Struct("<8I")
-_ELF_32, _LITTLE_ENDIAN, _EXECUTABLE, _I386, _X86_64, _LOAD = 1, 1, 2, 3, 62, 1
+_EXECUTABLE, _LOAD, _LITTLE_ENDIAN = 2, 1, 1
 
 
-class _ElfHeader(NamedTuple):
-    magic: bytes
-    class_: int
-    data: int
-    ident_version: int
-    os_abi: int
-    abi_version: int
-    type: int
+class _Class(NamedTuple):
+    """What the files of one ELF class look like; ``fields`` names those of a program header."""
+
     machine: int
-    version: int
-    entry: int
-    program_headers: int
-    section_headers: int
-    flags: int
-    header_size: int
-    program_header_size: int
-    program_header_count: int
-    section_header_size: int
-    section_header_count: int
-    section_names: int
+    header: struct.Struct
+    program_header: struct.Struct
+    fields: tuple[str, ...]
 
 
-class _ProgramHeader(NamedTuple):
-    type: int
-    offset: int
-    address: int
-    physical_address: int
-    file_size: int
-    memory_size: int
-    flags: int
-    alignment: int
+_CLASSES: Final = {
+    1: _Class(
+        3,
+        struct.Struct("<4s12xHHIIIIIHHHHHH"),
+        struct.Struct("<8I"),
+        tuple("type offset address physical file_size memory_size flags alignment".split()),
+    ),
+    2: _Class(
+        62,
+        struct.Struct("<4s12xHHIQQQIHHHHHH"),
+        struct.Struct("<IIQQQQQQ"),
+        tuple("type flags offset address physical file_size memory_size alignment".split()),
+    ),
+}
 
 
 def _elf(data: bytes) -> tuple[int, list[LoadSegment]]:
-    header = _elf_header(data)
-    start, count = header.program_headers, header.program_header_count
-    end = start + count * _PROGRAM_HEADER.size
-    if not count or header.program_header_size != _PROGRAM_HEADER.size:
-        raise _Malformed("malformed ELF: it has no program headers of 32 bytes, so nothing to load")
-    if end > len(data):
-        raise _Malformed(f"truncated: program headers end at {end:#x}, the file has {len(data):#x}")
-    headers = [_ProgramHeader(*fields) for fields in _PROGRAM_HEADER.iter_unpack(data[start:end])]
-    entry, segments = header.entry, []
-    for p in headers:
-        if p.type != _LOAD or not p.memory_size:
-            continue
-        if p.offset + p.file_size > len(data):
-            raise _Malformed(
-                f"truncated: segment at {p.physical_address:#x} needs file bytes up to "
-                f"{p.offset + p.file_size:#x}, the file has {len(data):#x}"
-            )
-        if p.file_size > p.memory_size:
-            where = f"segment at {p.physical_address:#x}"
-            raise _Malformed(f"malformed ELF: {where} is larger in the file than in memory")
-        if p.address <= header.entry < p.address + p.memory_size:
-            entry = header.entry - p.address + p.physical_address  # the entry is virtual
-        content = data[p.offset : p.offset + p.file_size]
-        segments.append(_segment(p.physical_address, content, p.memory_size))
-    if not segments:
-        raise _Malformed("malformed ELF: it has no segment to load")
-    return entry, segments
-
-
-def _elf_header(data: bytes) -> _ElfHeader:
     if data[:4] != b"\x7fELF":
         raise _Malformed("neither an ELF file nor a multiboot header with addresses")
-    if len(data) < _ELF_HEADER.size:
-        raise _Malformed(f"truncated: {len(data)} bytes, an ELF header has {_ELF_HEADER.size}")
-    header = _ElfHeader(*_ELF_HEADER.unpack_from(data))
-    if header.class_ != _ELF_32 or header.data != _LITTLE_ENDIAN or header.machine != _I386:
-        raise _Malformed(
-            "a multiboot kernel is a 32-bit i386 ELF file, or gives its addresses in the header; "
-            "make a 64-bit one such a file with objcopy -O elf32-i386"
-        )
-    if header.type != _EXECUTABLE:
+    kind = _CLASSES.get(data[4])
+    if kind is None or data[5] != _LITTLE_ENDIAN or len(data) < kind.header.size:
+        raise _Malformed("malformed ELF: neither 32 nor 64 bits, not little-endian, or truncated")
+    (
+        _magic,
+        type_,
+        machine,
+        _version,
+        entry,
+        start,
+        _sections,
+        _flags,
+        _size,
+        size,
+        count,
+        *_rest,
+    ) = kind.header.unpack_from(data)
+    if machine != kind.machine:
+        raise _Malformed(f"built for machine {machine}; a multiboot kernel is i386 or x86-64")
+    if type_ != _EXECUTABLE:
         raise _Malformed("not linked: a multiboot kernel is an executable with fixed addresses")
-    return header
+    if not count or size != kind.program_header.size:
+        raise _Malformed(
+            f"malformed ELF: it has no program headers of {kind.program_header.size} bytes, so "
+            "nothing to load"
+        )
+    end = start + count * size
+    if end > len(data):
+        raise _Malformed(f"truncated: program headers end at {end:#x}, the file has {len(data):#x}")
+    headers = (
+        dict(zip(kind.fields, values, strict=True))
+        for values in kind.program_header.iter_unpack(data[start:end])
+    )
+    return _load(data, entry, [p for p in headers if p["type"] == _LOAD and p["memory_size"]])
+
+
+def _load(
+    data: bytes, virtual_entry: int, headers: list[dict[str, int]]
+) -> tuple[int, list[LoadSegment]]:
+    """The physical entry and the segments of program headers."""
+    if not headers:
+        raise _Malformed("malformed ELF: it has no segment to load")
+    entry, segments = virtual_entry, []
+    for p in headers:
+        where = f"segment at {p['physical']:#x}"
+        end = p["offset"] + p["file_size"]
+        if end > len(data):
+            raise _Malformed(
+                f"truncated: {where} needs file bytes up to {end:#x}, the file has {len(data):#x}"
+            )
+        if p["file_size"] > p["memory_size"]:
+            raise _Malformed(f"malformed ELF: {where} is larger in the file than in memory")
+        if p["address"] <= virtual_entry < p["address"] + p["memory_size"]:
+            entry = virtual_entry - p["address"] + p["physical"]
+        segments.append(_segment(p["physical"], data[p["offset"] : end], p["memory_size"]))
+    return entry, segments

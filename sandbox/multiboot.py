@@ -15,6 +15,7 @@ from sandbox.errors import GuestImageError
 from sandbox.memory import PAGE_MASK, PAGE_SIZE
 from sandbox.platform.clock import Clock
 from sandbox.platform.pc import PowerOff, add_pc
+from sandbox.platform.serial import SERIAL_PORT
 from sandbox.registers import RAX, RBX, DescriptorTable, Segment
 from sandbox.vm import Vm
 
@@ -35,6 +36,7 @@ _INFO_BYTES = 116
 _MAP_AT, _LOADER_AT = 44, 64
 _HAS_MEMORY, _HAS_COMMAND_LINE, _HAS_MODULES, _HAS_MAP, _HAS_NAME = 1, 4, 8, 0x40, 0x200
 _AVAILABLE = 1
+_BIOS_DATA, _BIOS_DATA_BYTES = 0x400, 0x100
 _INFO_PLACES: Final = (0x9_0000, 0x1000)
 """Where the boot information goes, if the image leaves room there; else behind the image."""
 
@@ -65,6 +67,7 @@ def boot_multiboot(
             "RAM; give it more (--memory)"
         )
     vm.add_memory(0, ram)
+    vm.memory.load(_BIOS_DATA, _bios_data())
     for segment in image.segments:
         vm.memory.load(segment.address, segment.data)
     at, info = _boot_information(image, command_line.encode("utf-8", "surrogateescape"), ram)
@@ -77,6 +80,15 @@ def boot_multiboot(
 
 def _status_of(left: object) -> tuple[int, str] | None:
     return (left.status, "") if isinstance(left, PowerOff) else None
+
+
+def _bios_data() -> bytes:
+    """What kernels look up in the BIOS data area: COM1, the EBDA's segment, conventional memory."""
+    area = bytearray(_BIOS_DATA_BYTES)
+    struct.pack_into("<H", area, 0, SERIAL_PORT)
+    struct.pack_into("<H", area, 0x0E, LOW_END >> 4)
+    struct.pack_into("<H", area, 0x13, LOW_END >> 10)
+    return bytes(area)
 
 
 def _boot_information(image: MultibootImage, line: bytes, ram: int) -> tuple[int, bytes]:

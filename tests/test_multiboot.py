@@ -57,7 +57,7 @@ def test_a_false_header_does_not_hide_the_true_one() -> None:
     [
         ("kernel", elf(HALT), Kind.MULTIBOOT),
         ("kernel.bin", flat(HALT), Kind.MULTIBOOT),
-        ("program", elf(HALT, class_=2), Kind.ELF),
+        ("program", elf(HALT).replace(header(), bytes(12)), Kind.ELF),
         ("raw.bin", HALT, Kind.RAW),
     ],
 )
@@ -74,6 +74,18 @@ def test_elf_segments_go_to_their_physical_addresses() -> None:
     (segment,) = image.segments
     assert (segment.address, segment.data, segment.memory_size) == (BASE, b"code", 0x3000)
     assert image.end == BASE + 0x3000
+
+
+def test_64_bit_elf_files_are_loaded_alike() -> None:
+    start = struct.pack(
+        "<4s5B7xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 0, 2, 62, 1, 0xFFFF_8000_0010_0000,
+        64, 0, 0, 64, 56, 1, 64, 0, 0,
+    )  # fmt: skip
+    segment = (1, 7, 0x100, 0xFFFF_8000_0010_0000, BASE, 4, 0x2000, 0x1000)
+    data = (start + struct.pack("<IIQQQQQQ", *segment) + header()).ljust(0x100, b"\0") + b"code"
+    image = load_multiboot(data)
+    assert image.entry == BASE
+    assert (image.segments[0].data, image.segments[0].memory_size) == (b"code", 0x2000)
 
 
 def test_addresses_in_the_header_count_before_elf() -> None:
@@ -95,8 +107,8 @@ WRONG = {
     "no header": (b"\x7fELF" + bytes(8300), "no multiboot kernel"),
     "wants video": (elf(HALT, flags=4), "0x4 is a video mode"),
     "unknown requirement": (elf(HALT, flags=0x8000), "flags 0x8000"),
-    "64-bit": (elf(HALT, class_=2), "objcopy"),
-    "other machine": (elf(HALT, machine=40), "32-bit i386"),
+    "class": (elf(HALT, class_=3), "neither 32 nor 64 bits"),
+    "other machine": (elf(HALT, machine=40), "machine 40"),
     "object file": (elf(HALT, type_=1), "not linked"),
     "not ELF": (header().ljust(100, b"\0"), "neither an ELF file"),
     "header sizes": (elf(HALT, header_size=56), "program headers of 32 bytes"),
