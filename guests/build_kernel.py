@@ -28,7 +28,9 @@ def build_kernel(image: str | Path) -> None:
     """Build ``image``: 64-bit code in a 32-bit ELF file, as multiboot wants it."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        raise GuestImageError(f"cannot build the test kernel: {missing[0]} not found; {PREBUILT}")
+        raise GuestImageError(
+            f"cannot build the test kernel: {missing[0]} not found; the prebuilt one is {PREBUILT}"
+        )
     sources = sorted(path.name for path in SOURCES.iterdir() if path.suffix in (".S", ".c"))
     with tempfile.TemporaryDirectory() as folder:
         linked = f"{folder}/kernel"

@@ -94,6 +94,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="what runs the guest: Unicorn under the policy (default), or Linux KVM, where the "
         "processor runs all it can",
     )
+    add(
+        "--irqchip",
+        choices=("kernel",),
+        help="with --engine kvm: the kernel's interrupt controllers",
+    )
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop after this time, status 124")
     add("--max-exits", type=_count, metavar="N", help="stop after N trapped instructions")
     add("--trace", action="store_true", help="print each trapped instruction to stderr")

@@ -65,7 +65,7 @@ def make_vm(options: Namespace, kind: Kind) -> Vm:
     any_level = engine == "kvm" or kind is Kind.MULTIBOOT
     if any_level and "none" not in options.handlers and "system" not in wanted:
         wanted.append("system")  # what is not run may be any instruction of a kernel
-    vm = Vm(policy, wanted, engine=engine)
+    vm = Vm(policy, wanted, engine=engine, irqchip=getattr(options, "irqchip", None))
     shown = (getattr(options, name, None) for name in ("summary", "trace", "report"))
     vm.settings.count_lowered = any(shown)
     vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)

@@ -57,7 +57,8 @@ class Vm:
                 f"irqchip {irqchip!r} under the engine {engine}: there is 'kernel', under kvm"
             )
         self.engine_name = engine
-        self._irqchip = irqchip
+        self.irqchip = irqchip
+        """``kernel`` if the interrupt controllers are the kernel's."""
         self._offers: Callable[[str], bool] | None = None
         """Which features the processor has, where the engine runs on a real one."""
         self._settings = Settings(policy if isinstance(policy, Policy) else Policy.load(policy))
@@ -118,9 +119,9 @@ class Vm:
             return UnicornEngine(self.memory)
         from sandbox.engine.kvm import KvmEngine  # not needed, and not imported, for Unicorn
 
-        if self._irqchip is not None:
+        if self.irqchip is not None:
             self._settings.interruptible = True  # so that CPUID shows the local APIC
-        engine = KvmEngine(self.memory, self.cpuid_model, irqchip=self._irqchip is not None)
+        engine = KvmEngine(self.memory, self.cpuid_model, irqchip=self.irqchip is not None)
         self._offers = engine.offers
         return engine
 
@@ -159,7 +160,7 @@ class Vm:
         """
         if self.vcpu is None or self._engine is None:
             raise SandboxError("this VM has no vCPU yet: call create_vcpu()")
-        if self._irqchip is not None:
+        if self.irqchip is not None:
             raise SandboxError("irqchip='kernel': this VM has its interrupt controllers already")
         self._settings.interruptible = True
         external = self.vcpu.external = self._external(source, self._engine, self.vcpu)
@@ -182,7 +183,7 @@ class Vm:
 
         Only with ``irqchip="kernel"``; from any thread.
         """
-        if self._irqchip is None:
+        if self.irqchip is None:
             raise SandboxError("set_irq_line: make the Vm with engine='kvm', irqchip='kernel'")
         chip = self.engine.irqchip  # type: ignore[attr-defined]
         chip.set_line(line, level)

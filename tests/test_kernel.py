@@ -51,9 +51,12 @@ def test_a_lazy_policy_leaves_out_what_it_says(command: Command) -> None:
 
 
 @KVM
-def test_passes_on_kvm_with_the_same_output(command: Command) -> None:
+@pytest.mark.parametrize("irqchip", [(), ("--irqchip", "kernel")], ids=["ours", "the kernel's"])
+def test_passes_on_kvm_with_the_same_output(irqchip: tuple[str, ...], command: Command) -> None:
+    """With our interrupt controllers and with the kernel's."""
     skips = PVM_SKIPS if PVM else ()
-    assert passes(command, "--engine", "kvm", *skips) == passes(command, *skips)
+    on_kvm = passes(command, "--engine", "kvm", *irqchip, *skips)
+    assert on_kvm == passes(command, *skips)
 
 
 @pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed")

@@ -31,6 +31,7 @@ KVM_SET_XCRS = 0x4188AEA7
 
 XSAVE_BYTES = 4096
 """``struct kvm_xsave``: an XSAVE area in the standard format."""
+KVM_PIT_SPEAKER_DUMMY = 1
 PIT_CONFIG_BYTES = 64
 """``struct kvm_pit_config``: flags, then nothing."""
 IRQ_LEVEL: Final = struct.Struct("<II")

@@ -28,8 +28,9 @@ class Irqchip:
             if not vm.has(cap):
                 raise EngineError(f"this kernel's KVM lacks {what} (capability {cap})")
         vm.call("KVM_CREATE_IRQCHIP", kvm_abi.KVM_CREATE_IRQCHIP)
-        no_flags = bytearray(kvm_abi.PIT_CONFIG_BYTES)
-        vm.exchange("KVM_CREATE_PIT2", kvm_abi.KVM_CREATE_PIT2, no_flags)
+        config = bytearray(kvm_abi.PIT_CONFIG_BYTES)
+        config[0] = kvm_abi.KVM_PIT_SPEAKER_DUMMY  # port 61h too: gate and output of channel 2
+        vm.exchange("KVM_CREATE_PIT2", kvm_abi.KVM_CREATE_PIT2, config)
         self._vm = vm
 
     def set_line(self, line: int, level: int) -> None:

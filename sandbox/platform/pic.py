@@ -60,8 +60,10 @@ class Pic:
 
     def _best(self, bits: int) -> int | None:
         """The line with the highest priority."""
+        if not bits:
+            return None
         numbers = [n for n in range(8) if bits >> n & 1]
-        return min(numbers, key=self._rank) if numbers else None
+        return min(numbers, key=self._rank)
 
     def requested(self) -> int | None:
         """The line whose interrupt goes out now."""
