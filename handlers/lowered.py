@@ -204,6 +204,8 @@ def _per_lane(legacy: str, has_first: bool, split: tuple[int, int, int], e: Emit
     assert isinstance(d, int)
     t = e.scratch()
     if not has_first:
+        if legacy.endswith("_XMMM128_XMM"):  # the store of that name, between registers
+            legacy = f"{legacy.split('_')[0]}_XMM_XMMM128"
         e.emit(legacy, t, *high[1:])
         e.emit(legacy, d, *low[1:])
         e.store(e.upper(d), t)

@@ -125,8 +125,8 @@ class Emitter:
         self._saved: dict[int, None] = {}
         self._mentioned: set[int] = set()
         self._given: set[int] = set()
-        self._pointer: int | None = None
-        """The scratch register that holds an address, for the instruction at hand."""
+        self._pointer: tuple[int, int] | None = None
+        """A scratch register and the address in it, for the instruction at hand."""
         self._info = InstructionInfoFactory()
 
     # -- the run ------------------------------------------------------------------------------
@@ -279,10 +279,11 @@ class Emitter:
         if address < _LOW_2G:
             return Register.NONE, address, 8
         if self._pointer is None:
-            self._pointer = self._take(range(FIRST_GPR, FIRST_GPR + 16)) - FIRST_GPR
-        base = int(Register.RAX) + self._pointer
-        self._append(Instruction.create_reg_u64(Code.MOV_R64_IMM64, base, address))  # type: ignore[arg-type]
-        return base, 0, 0
+            base = int(Register.RAX) + self._take(range(FIRST_GPR, FIRST_GPR + 16)) - FIRST_GPR
+            self._append(Instruction.create_reg_u64(Code.MOV_R64_IMM64, base, address))  # type: ignore[arg-type]
+            self._pointer = base, address
+        base, there = self._pointer
+        return base, address - there, int(address != there)
 
     def _take(self, candidates: range) -> int:
         """A register, by its number when saved, that the instruction does not use; saved."""
