@@ -11,6 +11,7 @@ import pytest
 from guests.assemble import assemble
 from handlers.lowered import rule_of
 from sandbox.abi import KVM_CAP_EXIT_ON_EMULATION_FAILURE
+from sandbox.boot import Machine
 from sandbox.cases import Cases, float_type
 from sandbox.conformance import defined_flags, difference, not_comparable
 from sandbox.decode import FORM_NAMES, Insn, decode
@@ -21,7 +22,7 @@ from sandbox.paging import AddressSpace
 from sandbox.policy import Policy
 from sandbox.registers import RAX, RSI
 from sandbox.subjects import HandlerTier, Lowered, Stage, without_avx512
-from tests.guest import BASE, Machine, machine, run_to_hlt
+from tests.guest import BASE, machine, run_to_hlt
 
 PACKS = ("integer", "avx2")
 PARTS = 8
