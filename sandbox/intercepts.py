@@ -31,8 +31,9 @@ MNEMONICS = frozenset(
     "vmcall vmmcall vmlaunch vmresume vmxoff vmxon vmrun vmload vmsave stgi clgi skinit".split()
 )
 """Mnemonics intercepted in every policy."""
-UNMASKING = frozenset("sti popf popfd popfq iret iretd iretq".split())
-"""What sets RFLAGS.IF, intercepted where there are external interrupts."""
+UNMASKING = frozenset("sti popf popfd popfq iret iretd iretq pushf pushfd pushfq".split())
+"""What sets RFLAGS.IF, intercepted where there are external interrupts; and PUSHF, which would show
+TF where the machine steps over the instruction that interrupts wait for."""
 BOUND_MNEMONICS = frozenset(
     "hlt in out insb insw insd outsb outsw outsd int int1 int3 into".split()
 )

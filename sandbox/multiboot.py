@@ -79,7 +79,9 @@ def boot_multiboot(
 
 
 def _status_of(left: object) -> tuple[int, str] | None:
-    return (left.status, "") if isinstance(left, PowerOff) else None
+    if not isinstance(left, PowerOff):
+        return None
+    return left.status, "the guest reset the machine" if left.was_reset else ""
 
 
 def _bios_data() -> bytes:

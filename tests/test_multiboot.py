@@ -258,9 +258,12 @@ def test_run_prints_the_command_line_and_ends_with_the_status(
         ("mov eax, -1 \n out 0xf4, eax \n jmp $", 255),
         ("lea esi, [text] \n mov ecx, 8 \n mov edx, 0x8900 \n rep outsb \n jmp $ \n"
          "text: .ascii \"Shutdown\"", 0),
+        ("mov al, 0xfe \n out 0x64, al \n jmp $", 0),
         ("lidt [0] \n ud2", 134),
     ],
-    ids=["hlt", "hlt and nothing to wait for", "debug exit", "shutdown port", "triple fault"],
+    ids=[
+        "hlt", "hlt and nothing to wait for", "debug exit", "shutdown port", "reset", "triple fault",
+    ],
 )  # fmt: skip
 def test_ends(engine: str, end: str, status: int, tmp_path: Path, command: Command) -> None:
     path = tmp_path / "kernel"
@@ -288,7 +291,7 @@ def test_wrong_kernels_are_usage_errors(tmp_path: Path, command: Command) -> Non
 
 
 def test_ports_without_a_device_read_as_ones() -> None:
-    found, _out = boot(kernel("mov al, 7 \n out 0x80, al \n in eax, 0x60 \n hlt"), "unicorn")
+    found, _out = boot(kernel("mov al, 7 \n out 0x80, al \n in eax, 0x80 \n hlt"), "unicorn")
     with found.vm:
         assert isinstance(found.vcpu.run(10), Hlt)
         assert found.vcpu.registers.gpr[RAX] == 0xFFFF_FFFF

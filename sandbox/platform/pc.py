@@ -10,6 +10,16 @@ from sandbox.platform import testdev
 from sandbox.platform.clock import Clock, RealClock
 from sandbox.platform.controllers import add_controllers
 from sandbox.platform.fw_cfg import FW_CFG_COUNT, FW_CFG_PORT, FwCfg
+from sandbox.platform.keyboard import (
+    COMMAND_PORT,
+    CONTROL_A_PORT,
+    DATA_PORT,
+    RESET_PORT,
+    KeyboardController,
+    control_a,
+    reset_control,
+)
+from sandbox.platform.rtc import RTC_COUNT, RTC_PORT, Rtc
 from sandbox.platform.serial import SERIAL_COUNT, SERIAL_IRQ, SERIAL_PORT, Serial
 from sandbox.vm import Vm
 
@@ -18,12 +28,13 @@ DEBUG_PORT = 0xE9
 
 @dataclass(frozen=True)
 class PowerOff:
-    """The guest switched the machine off: the exit status that it asks for."""
+    """The guest switched the machine off, or reset it: the exit status that it asks for."""
 
     status: int
+    was_reset: bool = False
 
     def __str__(self) -> str:
-        return f"powered off, status {self.status}"
+        return "reset by the guest" if self.was_reset else f"powered off, status {self.status}"
 
 
 class _Floating:
@@ -61,9 +72,18 @@ def add_pc(vm: Vm, ram: int, out: BinaryIO, clock: Clock | None = None) -> None:
     def end(status: int) -> None:
         vcpu.finish(PowerOff(status))
 
+    def reset() -> None:
+        vcpu.finish(PowerOff(0, was_reset=True))
+
+    keyboard = KeyboardController(reset)
     devices: tuple[tuple[int, int, Device], ...] = (
         (SERIAL_PORT, SERIAL_COUNT, Serial(out, lambda high: set_line(SERIAL_IRQ, high))),
         (DEBUG_PORT, 1, _DebugConsole(out)),
+        (DATA_PORT, 1, keyboard.data),
+        (COMMAND_PORT, 1, keyboard.command),
+        (CONTROL_A_PORT, 1, control_a(reset)),
+        (RESET_PORT, 1, reset_control(reset)),
+        (RTC_PORT, RTC_COUNT, Rtc(ram)),
         (FW_CFG_PORT, FW_CFG_COUNT, FwCfg(ram)),
         (testdev.TEST_PORT, testdev.REGISTER_COUNT, testdev.Register()),
         (testdev.FLUSH_PORT, testdev.REGISTER_COUNT, testdev.Register()),

@@ -30,6 +30,7 @@ class Serial:
         self._out = out
         self._line = line
         self._ier = self._lcr = self._mcr = self._scratch = self._fifos = 0
+        self._level = False
         self._divisor = 12  # 9600 baud
         self._received: int | None = None
         """What came back in loopback mode."""
@@ -102,4 +103,7 @@ class Serial:
 
     def _update(self) -> None:
         wired = self._mcr & (_MCR_OUT2 | _MCR_LOOP) == _MCR_OUT2
-        self._line(bool(wired) and self._reason() != _IIR_NONE)
+        level = wired and self._reason() != _IIR_NONE
+        if level != self._level:
+            self._level = level
+            self._line(level)
