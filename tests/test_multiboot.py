@@ -262,7 +262,7 @@ def test_run_prints_the_command_line_and_ends_with_the_status(
         ("lidt [0] \n ud2", 134),
     ],
     ids=[
-        "hlt", "hlt and nothing to wait for", "debug exit", "shutdown port", "reset", "triple fault",
+        "hlt", "nothing to wait for", "debug exit", "shutdown port", "reset", "triple fault",
     ],
 )  # fmt: skip
 def test_ends(engine: str, end: str, status: int, tmp_path: Path, command: Command) -> None:
