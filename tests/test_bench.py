@@ -192,6 +192,13 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert data["machine"] and data["python"] and data["versions"]["unicorn"]
 
 
+def test_reference_run_can_be_shown_again(sandbox: Command) -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "reference.json"
+    ran = sandbox("bench", "--read", path, "fallback")
+    assert ran.status == 0
+    assert len(ran.out.splitlines()) > 2 and "fastpath" not in ran.out
+
+
 def test_what_is_no_results_file_is_said_to_be(tmp_path: Path, sandbox: Command) -> None:
     path = tmp_path / "results.json"
     path.write_text('{"figures": 3}')

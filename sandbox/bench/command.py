@@ -99,7 +99,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
     try:
         data = json.loads(path.read_text())
         results: list[Result] = [Figure(**figure) for figure in data.pop("figures")]
-        results += [Note(**note) for note in data.pop("notes")]
+        results += [Note(**note) for note in data.pop("notes", [])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SandboxError(f"{path}: no results of sandbox bench: {error}") from None
     order = {name: place for place, name in enumerate(SUITES)}
@@ -108,8 +108,10 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
 
 def caption(data: dict[str, Any]) -> str:
     """One line about the machine and the peers."""
-    known = ", ".join(f"{name} {text}" for name, text in data.get("versions", {}).items())
-    return f"{data.get('machine')}, {data.get('cores')} cores, Python {data.get('python')}; {known}"
+    versions = {"Python": data.get("python"), **data.get("versions", {})}
+    cores = f"{data['cores']} cores" if "cores" in data else ""
+    known = (f"{name} {text}" for name, text in versions.items() if text)
+    return ", ".join(part for part in (data.get("machine"), cores, *known) if part)
 
 
 def _clear_progress() -> None:

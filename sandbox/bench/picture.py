@@ -17,6 +17,8 @@ FORMATS = (".png", ".svg", ".pdf")
 COLUMNS = 3
 _ROW_INCHES, _FRAME_ROWS, _WIDTH_INCHES = 0.21, 4.6, 18.0
 _LEGEND_COLUMNS = 3
+_MARGIN = 1.9
+"""Room beside the outermost ratios, as a factor: for their numbers."""
 _TITLES = {
     "fastpath": "Loops of allowed instructions",
     "fallback": "Instructions that Unicorn does not have",
@@ -199,8 +201,8 @@ def _range(figures: Sequence[Figure]) -> tuple[float, float]:
     """Thirds of a decade that hold every ratio, and 1."""
     if not figures:
         return 0.1, 10.0
-    low = min(1.0, *(figure.ratio_low for figure in figures)) / 1.25
-    high = max(1.0, *(figure.ratio_high for figure in figures)) * 1.25
+    low = min(1.0, *(figure.ratio_low for figure in figures)) / _MARGIN
+    high = max(1.0, *(figure.ratio_high for figure in figures)) * _MARGIN
     return 10 ** (math.floor(math.log10(low) * 3) / 3), 10 ** (math.ceil(math.log10(high) * 3) / 3)
 
 
