@@ -72,7 +72,8 @@ class Vcpu:
         self._asked = False
         """Somebody wants the loop to look up before the next instruction."""
         self._end: Any = None
-        """What :meth:`run` shall return then, if anything."""
+        """What :meth:`run` shall return then, if anything; :class:`Intr` if ``_stopping``."""
+        self._stopping = False
         self.external: External | None = None
         """The way of external interrupts, if the machine has them."""
         self._trapped = self._bind_trapped()
@@ -100,14 +101,14 @@ class Vcpu:
         finally:
             WATCHDOG.remove(self)
             self.thread = 0
-            self._asked, self._end = False, None
+            self._asked, self._stopping, self._end = False, False, None
             self.engine.sync()
             self.stats.by_mnemonic = self._sites.counts()
             self.stats.lowered_sites, self.stats.lowered = map(dict, self.engine.lowered())
 
     def request_stop(self) -> None:
         """Make :meth:`run` (or the next) return :class:`~sandbox.exits.Intr`; from any thread."""
-        self.finish(Intr())
+        self._stopping = self._asked = True
         self.engine.stop()
 
     def finish(self, left: Any) -> None:
@@ -117,7 +118,7 @@ class Vcpu:
     @property
     def finishing(self) -> bool:
         """Whether :meth:`run` is about to return because it was asked to."""
-        return self._end is not None
+        return self._stopping or self._end is not None
 
     def attend(self) -> None:
         """Look for interrupts before the next instruction."""
@@ -131,7 +132,7 @@ class Vcpu:
     def interrupt(self) -> None:
         """Called by the watchdog: see whether the deadline has passed."""
         if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.finish(Intr())
+            self._stopping = self._asked = True
         self.engine.stop()
 
     def instruction(self) -> Insn:
@@ -180,7 +181,7 @@ class Vcpu:
     def _look_up(self) -> Any:
         """Somebody asked: for the end of the run, or for a look at the interrupts."""
         self._asked = False  # first: what comes now is not lost
-        left = self._end
+        left = Intr() if self._stopping and self._end is None else self._end
         if left is not None:
             self._asked = True
         return self._deliver_exit(left) if isinstance(left, Exit) else left
@@ -248,7 +249,7 @@ class Vcpu:
                     left = self._watched_step(site, rip)
                 if left is not None:
                     return left
-                if self._asked and (flags_view[0] & IF or self._end is not None):
+                if self._asked and (flags_view[0] & IF or self.finishing):
                     return self._look_up()
                 rip = rip_view[0]
                 first = rip not in sites
