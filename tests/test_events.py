@@ -128,6 +128,23 @@ def test_external_interrupts_push_rf_as_it_is() -> None:
     assert m.frame(3, 4)[2] == ALWAYS | IF
 
 
+@pytest.mark.parametrize("vector", [DE, DF_, GP, PF_])
+def test_interrupts_may_have_vectors_of_exceptions(vector: int) -> None:
+    """They push neither RF nor an error code, and a fault on the way is no double fault."""
+    m = machine(32, flags=ALWAYS | IF)
+    m.gate(vector)
+    m.deliver(vector, external=True)
+    assert m.frame(3, 4) == [0x4000_0123, CODE0, ALWAYS | IF]
+    assert m.cpu.gpr[RSP] == USER_STACK - 12
+    m = machine(32)
+    m.gate(vector, present=0)
+    m.gate(NP, offset=HANDLER + NP)
+    m.gate(DF_ if vector != DF_ else UD)
+    m.deliver(vector, external=True)
+    assert m.cpu.rip == HANDLER + NP
+    assert m.frame(1, 4) == [vector * 8 + 3], "IDT and EXT"
+
+
 def test_privilege_change_takes_the_stack_of_the_tss() -> None:
     m = machine(32, cpl=3, flags=ALWAYS | IF)
     m.gate(GP)
