@@ -193,6 +193,30 @@ def test_the_pit_interrupts_by_a_vector_of_exceptions_without_an_error_code(engi
         assert run(found)[0] >= 3
 
 
+SERIAL = """
+    mov al, 0xef
+    out 0x21, al
+    mov edx, 0x3fc
+    mov al, 8
+    out dx, al
+    mov edx, 0x3f9
+    mov al, 2
+    out dx, al
+    sti
+    hlt
+here: cli
+    mov edx, 0x3fa
+    in al, dx
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_serial_port_interrupts_when_it_has_room(engine: str) -> None:
+    with guest(SERIAL, engine) as found:
+        assert run(found)[0] == 1
+        assert found.vcpu.registers.gpr[RAX] & 0xFF == 2, "transmitter empty"
+
+
 def test_virtual_time_passes_while_the_guest_is_halted() -> None:
     clock = ManualClock()
     with guest(TIMER.format(mode=0x51, count=3_000_000_000) + "hlt \n cli", clock=clock) as found:
