@@ -21,6 +21,7 @@ class Line:
 
     ``allow``: the fast path runs it; otherwise ``handlers`` are asked in this order, and
     ``unhandled`` happens if there are none. ``rule`` None: no rule names the instruction.
+    ``lowered``: the fast path does what the handler would, in other instructions.
     ``barred`` says why it is trapped whatever the rules say, if it is.
     """
 
@@ -32,6 +33,7 @@ class Line:
     handlers: tuple[str, ...]
     unhandled: Unhandled
     barred: str = ""
+    lowered: bool = False
 
     @property
     def text(self) -> str:
@@ -46,11 +48,12 @@ class Line:
     @property
     def where(self) -> str:
         """Which tier takes it."""
-        return "fast path" if self.allow else "trap"
+        return "fast path" if self.allow else "lowered" if self.lowered else "trap"
 
     @property
     def taker(self) -> str:
-        """Who emulates a trapped instruction; empty on the fast path."""
+        """Who emulates a trapped instruction, or one that is lowered and faults; empty on the fast
+        path."""
         if self.allow:
             return ""
         return ", ".join(self.handlers) or _UNHANDLED[self.unhandled]
@@ -84,11 +87,13 @@ def explain(
     *,
     decode: Callable[[bytes, int], Insn | None] = plain_decode,
     bar: Callable[[Insn], str] = lambda _insn: "",
+    lowers: Callable[[Insn], bool] = lambda _insn: False,
 ) -> Iterator[Line]:
     """Go through ``data`` instruction by instruction, as if it stood at ``address``.
 
     ``resolve`` gives the names of the handlers of an instruction, ``bar`` why it is trapped
-    whatever the rules say ("" if they decide), ``decode`` the instruction that bytes begin with.
+    whatever the rules say ("" if they decide), ``decode`` the instruction that bytes begin with,
+    ``lowers`` whether a trapped one is lowered.
     Where nothing decodes, one byte is shown and skipped.
     """
     at = 0
@@ -101,9 +106,11 @@ def explain(
             raw, decision, barred = insn.raw, policy.decide(insn), bar(insn)
             allow = decision.allow and not barred
             handlers = () if allow else tuple(resolve(insn))
+            lowered = not allow and lowers(insn)
             yield Line(
-                address + at, raw, insn, allow, decision.rule, handlers, policy.unhandled, barred
-            )
+                address + at, raw, insn, allow, decision.rule, handlers, policy.unhandled, barred,
+                lowered,
+            )  # fmt: skip
         at += len(raw)
 
 

@@ -15,10 +15,12 @@ from sandbox.errors import SandboxError
 from sandbox.explain import explain, parse_hex, table
 from sandbox.fallback import Tier
 from sandbox.intercepts import Intercepts
+from sandbox.lowering import can_lower
 from sandbox.policy import operand_kind
 from sandbox.run import BITNESS, make_vm
 from sandbox.settings import Settings
 from sandbox.side_effects import aligned_forms, sse_float_forms, x87_float_forms
+from sandbox.vm import Vm
 
 MACHINE = "the machine"
 """Who takes an intercepted instruction for which no handler is needed."""
@@ -34,8 +36,9 @@ def explain_command(options: Namespace) -> int:
         decode, resolve = Tier(cpu, settings.handlers).decode, _resolver(cpu, settings)
         for address, data in _parts(options, path, kind, bitness):
             lines = explain(
-                data, bitness, vm.policy, resolve, address, decode=decode, bar=_bar(settings)
-            )
+                data, bitness, vm.policy, resolve, address, decode=decode, bar=_bar(settings),
+                lowers=_lowers(vm),
+            )  # fmt: skip
             for row in table(lines):
                 print(row)
     return 0
@@ -55,6 +58,20 @@ def _resolver(cpu: Cpu, settings: Settings) -> Callable[[Insn], list[str]]:
         return [handler.name for handler in found]
 
     return resolve
+
+
+def _lowers(vm: Vm) -> Callable[[Insn], bool]:
+    """Whether an instruction is lowered, where it may be: in 64-bit code with AVX switched on."""
+    settings, traps = vm.settings, vm.engine.traps
+
+    def lowers(insn: Insn) -> bool:
+        found = settings.handlers.find(insn)
+        if not found or insn.bitness != 64 or not settings.policy.lowering:
+            return False
+        rule = found[0].lowering(insn)
+        return rule is not None and can_lower(insn.iced, rule, traps)
+
+    return lowers
 
 
 def _bar(settings: Settings) -> Callable[[Insn], str]:

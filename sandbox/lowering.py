@@ -26,6 +26,7 @@ from typing import Any, Final, TypeAlias
 
 from iced_x86 import (
     Code,
+    Encoder,
     Instruction,
     InstructionInfoFactory,
     MemoryOperand,
@@ -34,6 +35,8 @@ from iced_x86 import (
     Register,
     RegisterExt,
 )
+
+from sandbox.decode import Insn, decode
 
 UPPER_OFFSET: Final = 0
 """Upper halves of YMM0-15, 16 bytes each, in the state page."""
@@ -311,6 +314,21 @@ class Emitter:
         self.emit(name, target, self._own(SAVED_OFFSET + 16 * register))
         del self._saved[register]
         self._first = first
+
+
+def can_lower(insn: Instruction, rule: Rule, traps: Callable[[Insn], bool]) -> bool:
+    """Whether ``rule`` has instructions for ``insn`` of which none is trapped."""
+    somewhere = -_LOW_2G
+    emitter, encoder = Emitter(somewhere), Encoder(64)
+    try:
+        emitter.lower(insn, rule)
+        for step in emitter.steps:
+            encoder.encode(step.instruction, somewhere & (1 << 64) - 1)
+            if traps(decode(encoder.take_buffer(), 64)):
+                return False
+    except (NotLoweredError, ValueError):  # iced-x86: a displacement that cannot be encoded
+        return False
+    return True
 
 
 def _saving(saved: int, vector: str, general: str) -> tuple[str, int]:

@@ -392,7 +392,7 @@ def test_explain_names_rule_and_handler(tmp_path: Path, sandbox: Command) -> Non
     assert [row.split()[0] for row in rows] == ["0x1000", "0x1001", "0x1003", "0x1007", "0x100d"]
     assert "fast path" in rows[0] and "baseline.toml:" in rows[0]
     assert "p.toml:3 mine" in rows[1] and "integer" in rows[1]
-    assert "AVX2" in rows[2] and "trap" in rows[2]
+    assert "AVX2" in rows[2] and "lowered" in rows[2]
     assert "AVX512F" in rows[3]
     assert "(no instruction)" in rows[4]
 

@@ -160,3 +160,29 @@ def test_bytes_that_only_a_handler_knows_are_an_instruction(
     assert first.split()[1:4] == ["0f", "3f", "06"]
     assert ".mine" in first
     assert second.split()[0] == "0x1003"
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode", "code", "where"),
+    [
+        ('extends = "verified"', "long", "c5fdfec1", "lowered"),
+        ('extends = "verified"\nlowering = false', "long", "c5fdfec1", "trap"),
+        ('extends = "verified"', "protected", "c5fdfec1", "trap"),
+        ('extends = "verified"\nfloat_flags = "exact"', "long", "c5fc58c1", "trap"),
+        ('extends = "verified"', "long", "c5fc58c1", "lowered"),
+        ('extends = "verified"', "long", "c4e27d9200", "trap"),
+    ],
+    ids=["vpaddd", "switched off", "32-bit", "addps is trapped", "vaddps", "a gather"],
+)
+def test_what_is_lowered_is_told_apart(
+    policy: str,
+    mode: str,
+    code: str,
+    where: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(policy)
+    assert main(["explain", "--policy", str(file), "--mode", mode, code]) == 0
+    assert f"  {where}  " in capsys.readouterr().out
