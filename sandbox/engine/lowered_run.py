@@ -26,6 +26,7 @@ from iced_x86 import (
     Register,
 )
 
+from sandbox.decode import MAX_LENGTH as _MAX_LENGTH
 from sandbox.decode import Insn, decode
 from sandbox.engine.hidden import HiddenMemory, Place
 from sandbox.lowering import BEFORE, Emitter, NotLoweredError, Rule, Step, signed
@@ -43,6 +44,7 @@ _X87: Final = frozenset(
 _NOP: Final = bytes.fromhex("660f1f840000000000")
 _JUMP: Final = bytes.fromhex("ff2425")  # jmp qword ptr [disp32]
 _SITE_BYTES: Final = 7
+_IDLE_PREFIX: Final = b"\x3e"  # DS, which a jump in 64-bit mode does not heed
 _SHORT_NOPS: Final = (b"", b"\x90", b"\x66\x90", *(
     bytes.fromhex(text)
     for text in (
@@ -104,6 +106,8 @@ class RunBuilder:
         self._rule = rule
         self._traps = traps
         self._runs: dict[tuple[int, bytes], Run] = {}
+        self.jumps: dict[int, tuple[int, bytes]] = {}
+        """Address of the jump in a patch behind padding: address and bytes of the run's code."""
         self._counted = counted
         self._executions: Counter[str] = Counter()
         """Of runs that have been cleared, less what was counted too much."""
@@ -128,13 +132,30 @@ class RunBuilder:
         run = self._runs.get(key)
         if run is None:
             emitter.finish()
-            pointer = self._write(emitter.steps, found)
-            if pointer is None:
+            room = self._room_for_jump(found.starts)
+            pointer = None if room is None else self._write(emitter.steps, found)
+            if room is None or pointer is None:
                 return None
+            if room[0]:
+                self.jumps[linear + room[0]] = key
             if counter:
                 self._hidden.take_counter()
-            run = self._runs[key] = Run(size, *_patch(size, pointer), found.left[0], counter)
+            run = self._runs[key] = Run(size, *_patch(*room, pointer), found.left[0], counter)
         return run
+
+    def _room_for_jump(self, starts: Sequence[int]) -> tuple[int, int] | None:
+        """Offset of the jump in the patch, and how many idle prefixes it has.
+
+        It stands where no instruction of the run begins but the first, and no jump of another
+        patch: so a guest that stops there is known to be in this patch.
+        """
+        for prefixes in range(_MAX_LENGTH - _SITE_BYTES + 1):
+            at = max(starts[-1] - starts[0] - _SITE_BYTES - prefixes, 0)
+            linear = starts[0] + at
+            other = self.jumps.get(linear)
+            if at == 0 or (linear not in starts and (other is None or other[0] == starts[0])):
+                return at, prefixes
+        return None
 
     def sites(self) -> Counter[str]:
         """How many instructions are lowered now, by mnemonic."""
@@ -162,6 +183,7 @@ class RunBuilder:
         for run in self._runs.values():
             self._add(self._executions, run)
         self._runs.clear()
+        self.jumps.clear()
         self._hidden.clear()
         self.full = False
 
@@ -274,12 +296,11 @@ class RunBuilder:
         return base
 
 
-def _patch(size: int, pointer: int) -> tuple[bytes, int]:
-    """Padding and a jump by ``pointer`` in ``size`` bytes or more, and how many instructions."""
+def _patch(at: int, prefixes: int, pointer: int) -> tuple[bytes, int]:
+    """Padding of ``at`` bytes and a jump by ``pointer``, and how many instructions that is."""
     parts = []
-    padding = size - _SITE_BYTES
-    while padding > 0:
-        parts.append(_NOP if padding >= len(_NOP) else _SHORT_NOPS[padding])
-        padding -= len(parts[-1])
-    parts.append(_JUMP + (pointer & 0xFFFF_FFFF).to_bytes(4, "little"))
-    return b"".join(parts), len(parts)
+    while at > 0:
+        parts.append(_NOP if at >= len(_NOP) else _SHORT_NOPS[at])
+        at -= len(parts[-1])
+    jump = _IDLE_PREFIX * prefixes + _JUMP + (pointer & 0xFFFF_FFFF).to_bytes(4, "little")
+    return b"".join((*parts, jump)), len(parts) + 1

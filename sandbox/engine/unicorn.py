@@ -262,6 +262,8 @@ class UnicornEngine:
             return self._failed_fetch(Stop.FETCH)
         self._library.check(error, f"running at {self.registers.rip:#x}")
         assert error == UC_ERR_OK
+        if self._lowering is not None:
+            self._lowering.leave_patch(self.memory)
         return Stop.ASKED
 
     def _surface(self, place: Place, error: int) -> Stop | None:
@@ -525,7 +527,8 @@ class UnicornEngine:
         if self._rule is not None:
             patch = self._applied = self._lower(patch, self._rule)
         patch.apply()
-        self._library.remove_cache(self._handle, patch.linear, patch.linear + 1)
+        # Of the block's first byte, so that other blocks with the same trap in them stay.
+        self._library.remove_cache(self._handle, patch.block, patch.block + 1)
 
     def _lower(self, patch: Patch, rule: RuleOf) -> Patch:
         """The patch that leads to lowered code, or ``patch`` itself, if it traps to a handler."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, TypeAlias
 
+from sandbox.cpu import Fault
 from sandbox.decode import Insn
 from sandbox.engine.allowlist import Patch
 from sandbox.engine.hidden import HiddenMemory, Place
 from sandbox.engine.lowered_run import RunBuilder
 from sandbox.engine.unicorn_state import UnicornBank
 from sandbox.lowering import Rule
-from sandbox.memory import PAGE_SIZE, PhysicalMemory
-from sandbox.paging import AddressSpace
+from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory
+from sandbox.paging import AddressSpace, PagedMemory
 from sandbox.registers import TF, Registers
 
 CR0_EM = 1 << 2
@@ -128,6 +130,18 @@ class UnicornLowering:
     def place(self, linear: int) -> Place | None:
         """What the guest is doing, if it stopped at ``linear`` in hidden code."""
         return self.hidden.places.get(linear) if self.holds(linear) else None
+
+    def leave_patch(self, memory: PagedMemory) -> None:
+        """The guest has stopped: if at the jump in a patch, it has not begun what the run does.
+
+        Unicorn stops in the middle of a block too, at an access to memory.
+        """
+        run = self.runs.jumps.get(self._registers.rip)
+        if run is not None:
+            linear, code = run
+            with suppress(Fault, MmioRead):
+                if memory.fetch(linear, len(code)) == code:  # else other code stands there now
+                    self._registers.rip = linear
 
     def surface(self, place: Place) -> None:
         """Let the guest be where it thinks it is."""
