@@ -15,6 +15,7 @@ from pathlib import Path
 
 from guests.assemble import assemble
 from sandbox import abi
+from sandbox.bench.loops import WARM_UP
 from sandbox.bench.measure import Effort, Note, Result, compare_all
 from sandbox.bench.programs import Program, make_programs, run_once
 from sandbox.boot import Machine, boot_flat
@@ -77,19 +78,26 @@ def _round_trip(name: str, body: str, packs: tuple[Pack, ...], effort: Effort) -
 def seconds(
     engine: str, body: str, packs: tuple[Pack, ...], count: int, shared: bool = True
 ) -> float:
-    """CPU time of ``count`` iterations of a loop over ``body``; ``shared``: with SYNC_REGS."""
-    code = f"mov ebx, {_HOLE}\nmov ecx, {count}\nagain:\n{body}\ndec ecx\njnz again\nhlt"
+    """CPU time of ``count`` iterations of a loop over ``body``, after a few that bring everything
+    into place; ``shared``: with SYNC_REGS."""
+    code = (
+        f"mov ebx, {_HOLE}\nmov ecx, {WARM_UP}\nagain:\n{body}\ndec ecx\njnz again\nhlt\n"
+        f"mov ecx, {count}\njmp again"
+    )
     with _registers(shared), Vm(_POLICY, packs, engine=engine) as vm:
         vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
         machine = boot_flat(vm, assemble(code))
         assert machine.space is not None
         machine.space.map(_HOLE, _HOLE, 0x1000, write=True, execute=False)
+        length = len(assemble(_FLD))
+        _run(machine, length)
         start = time.process_time()
-        _run(machine, len(assemble(_FLD)))
+        _run(machine, length)
         return time.process_time() - start
 
 
 def _run(machine: Machine, length: int) -> None:
+    """Up to the next HLT; a failure of ``length`` bytes is stepped over."""
     vcpu = machine.vcpu
     while not isinstance(left := vcpu.run(), Hlt):
         if isinstance(left, EmulationFailure):
