@@ -50,6 +50,11 @@ CASES = [
     # "ab" in 15 x and one a: the needle may begin in the last byte
     Case("pcmpistri", "f30f6f07 660f3a6347100c 894f20",
          "6162" + "00" * 14 + "78" * 15 + "61", 32, "0f000000"),
+    # -0 times 1, added up
+    Case("dppd", "f30f6f07 f30f6f4f10 660f3a41c131 f30f7f4720",
+         "0000000000000080" * 2 + "000000000000f03f" * 2, 32, "0000000000000080"),
+    Case("dpps", "f30f6f07 f30f6f4f10 660f3a40c1f1 f30f7f4720",
+         "00000080" * 4 + "0000803f" * 4, 32, "00000080"),
     Case("fsin", "db2f d9fe db7f10", ONE, 16, "2170674878a46ad7fe3f"),
     Case("f2xm1", "db2f d9f0 db7f10", "00000000000000 c0fd3f", 16, "a8e344c5a65afb97fd3f"),
     Case("fyl2x", "db2f d9e8 d9c9 d9f1 db7f10", THREE, 16, "d043ebfd1c0de0caff3f"),
