@@ -12,6 +12,7 @@ import pytest
 
 from sandbox import abi
 from sandbox.exits import EmulationFailure, Exit, Hlt, Io, RunPage, insn_fetch_size, read_exit
+from tests.kvm_guest import KVM
 
 CODE_PAGE, SIZE = 0x1000, 0x4000
 
@@ -54,10 +55,11 @@ class RealModeVm:
             os.close(descriptor)
 
 
+pytestmark = KVM
+
+
 @pytest.fixture
 def vm() -> Iterator[RealModeVm]:
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("needs /dev/kvm")
     machine = RealModeVm()
     yield machine
     machine.close()
