@@ -3,7 +3,7 @@
 A rule belongs to a mnemonic, as the semantics of an operation do; :func:`rule_for` finds it. Most
 come from two observations: a VEX.128 form is its legacy twin, with a destination of its own and
 the upper half cleared; and most VEX.256 forms are the twin on either half, ``PER_LANE``. What has
-no twin to be made of (FMA, gathers, masked moves, variable shifts) is left to the handlers.
+no twin to be made of (FMA, gathers, masked moves) is left to the handlers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import TypeAlias
 
 from iced_x86 import Code, EncodingKind, MemoryOperand
 
-from handlers import lowered_special
+from handlers import lowered_lanes, lowered_special
 from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, Insn
 from sandbox.lowering import (
     Emitter,
     Immediate,
-    NotLoweredError,
     Operand,
     Rule,
     is_vector,
@@ -44,9 +43,9 @@ PER_LANE = frozenset(
         "movaps movapd movups movupd movdqa movdqu lddqu movntdqa movntps movntpd movntdq "
         # floats
         "andps andpd andnps andnpd orps orpd xorps xorpd addps addpd subps subpd mulps mulpd "
-        "divps divpd minps minpd maxps maxpd sqrtps sqrtpd cmpps cmppd addsubps addsubpd haddps "
+        "divps divpd minps minpd maxps maxpd sqrtps sqrtpd addsubps addsubpd haddps "
         "haddpd hsubps hsubpd roundps roundpd cvtdq2ps cvtps2dq cvttps2dq rcpps rsqrtps dpps "
-        "aesenc aesenclast aesdec aesdeclast"
+        "aesenc aesenclast aesdec aesdeclast pclmulqdq"
     ).split()
 )
 """Mnemonics whose 256-bit form does to each 128-bit lane what the legacy form does."""
@@ -77,8 +76,11 @@ _MOVES = frozenset(
     for memory in ("XMMM128", "M128")
 )
 _NEVER = frozenset("vldmxcsr vstmxcsr vmaskmovdqu vpcmpistri vpcmpistrm".split())
-_PREDICATES = 8
-"""CMPPS and its kin have so many predicates without VEX."""
+_FROM_REGISTER = {
+    "ROUNDSS_XMM_XMMM32_IMM8": "MOVSS_XMM_XMMM32",
+    "ROUNDSD_XMM_XMMM64_IMM8": "MOVSD_XMM_XMMM64",
+}
+"""Legacy forms that the fast path has right with operands in registers only, and what loads one."""
 
 Twin: TypeAlias = tuple[str, bool]
 """Name of the legacy form, and whether VEX gives it a first source of its own (NDS)."""
@@ -107,9 +109,11 @@ def twin(form: int) -> Twin | None:
 def rule_for(form: int, mnemonic: int, encoding: int) -> Rule | None:
     """The rule that lowers a form (an iced-x86 ``Code``), if there is one."""
     name = MNEMONIC_NAMES[mnemonic]
+    if encoding == EncodingKind.LEGACY:
+        return lowered_lanes.LEGACY.get(FORM_NAMES[form])
     if encoding != EncodingKind.VEX or name in _NEVER:
         return None
-    special = lowered_special.RULES.get(name)
+    special = lowered_special.RULES.get(name) or lowered_lanes.RULES.get(name)
     if special is not None:
         return special
     found = twin(form)
@@ -135,16 +139,24 @@ def _low(operand: Operand) -> Operand:
     return xmm(number(operand)) if is_vector(operand) else operand  # type: ignore[arg-type]
 
 
-def _check_predicate(legacy: str, operands: list[Operand]) -> None:
-    last = operands[-1]
-    if legacy.startswith("CMP") and isinstance(last, Immediate) and last.value >= _PREDICATES:
-        raise NotLoweredError
+def _operands(legacy: str, e: Emitter) -> list[Operand]:
+    """The operands, YMM registers as their lower half; in registers or memory where the legacy
+    form is right with one of them only."""
+    operands = [_low(operand) for operand in e.operands]
+    last = operands[2] if len(operands) > 2 else None
+    load = _FROM_REGISTER.get(legacy)
+    if load is not None and isinstance(last, MemoryOperand):
+        operands[2] = t = e.scratch()
+        e.emit(load, t, last)
+    elif legacy.startswith(("PHADD", "PHSUB")) and isinstance(last, int):
+        e.store(e.spill, last)
+        operands[2] = e.spill
+    return operands
 
 
 def _narrow(legacy: str, has_first: bool, e: Emitter) -> None:
     """A VEX.128 form: the legacy form, then the upper half of the destination cleared."""
-    operands = [_low(operand) for operand in e.operands]
-    _check_predicate(legacy, operands)
+    operands = _operands(legacy, e)
     if isinstance(operands[0], MemoryOperand):
         lowered_special.store(e, legacy, operands)
         return
@@ -183,8 +195,7 @@ def _with_first(e: Emitter, legacy: str, operands: list[Operand]) -> None:
 
 def _per_lane(legacy: str, has_first: bool, split: tuple[int, int, int], e: Emitter) -> None:
     """A VEX.256 form: the legacy form on either half."""
-    low = [_low(operand) for operand in e.operands]
-    _check_predicate(legacy, low)
+    low = _operands(legacy, e)
     if isinstance(low[0], MemoryOperand):
         source = low[1]
         assert isinstance(source, int)

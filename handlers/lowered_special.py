@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -11,24 +12,23 @@ from sandbox.decode import FORM_NAMES
 from sandbox.lowering import (
     Emitter,
     Immediate,
-    NotLoweredError,
     Operand,
     Rule,
     number,
     xmm,
 )
 
-_LOW, _HIGH = 0, 1
+LOW, HIGH = 0, 1
 _SWAP = Immediate(0xEE)
 """PSHUFD: the high quadword into both."""
 
 
-def _register(operand: Operand) -> int:
+def as_register(operand: Operand) -> int:
     """The XMM register of a vector register."""
     return xmm(number(cast(int, operand)))
 
 
-def _is_wide(operand: Operand) -> bool:
+def is_wide(operand: Operand) -> bool:
     return isinstance(operand, int) and Register.YMM0 <= operand <= Register.YMM15
 
 
@@ -36,11 +36,11 @@ def _form(e: Emitter) -> str:
     return FORM_NAMES[e.insn.code]
 
 
-def _half(e: Emitter, operand: Operand, which: int) -> Operand:
+def half(e: Emitter, operand: Operand, which: int) -> Operand:
     """One half of a YMM register or of 32 bytes of memory."""
     if isinstance(operand, MemoryOperand):
         return e.memory(16 * which)
-    return e.upper(cast(int, operand)) if which else _register(operand)
+    return e.upper(cast(int, operand)) if which else as_register(operand)
 
 
 def store(e: Emitter, legacy: str, operands: list[Operand]) -> None:
@@ -70,7 +70,7 @@ def store_whole(e: Emitter, low: int, high: Operand | None = None) -> None:
     e.store(e.memory(), low)
 
 
-def _finish(e: Emitter, d: Operand, low: int, high: Operand | None) -> None:
+def finish(e: Emitter, d: Operand, low: int, high: Operand | None) -> None:
     """Write a result: its halves, the upper one zero if None. Nothing can fault any more."""
     if high is None:
         e.zero_upper(cast(int, d))
@@ -80,7 +80,7 @@ def _finish(e: Emitter, d: Operand, low: int, high: Operand | None) -> None:
         e.store(e.upper(cast(int, d)), t)
     else:
         e.store(e.upper(cast(int, d)), cast(int, high))
-    e.load(_register(d), low)
+    e.load(as_register(d), low)
 
 
 # -- broadcasts -------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def _broadcast(bits: int, e: Emitter) -> None:
     """VPBROADCAST*, VBROADCASTS*."""
     d, source = e.operands
     t = e.scratch()
-    plain = source if isinstance(source, MemoryOperand) else _register(source)
+    plain = source if isinstance(source, MemoryOperand) else as_register(source)
     if bits == 64:
         e.emit("MOVDDUP_XMM_XMMM64", t, plain)
     elif bits == 32:
@@ -102,12 +102,12 @@ def _broadcast(bits: int, e: Emitter) -> None:
             e.emit("PUNPCKLBW_XMM_XMMM128", t, t)
         e.emit("PSHUFLW_XMM_XMMM128_IMM8", t, t, Immediate(0))
         e.emit("PUNPCKLQDQ_XMM_XMMM128", t, t)
-    _finish(e, d, t, t if _is_wide(d) else None)
+    finish(e, d, t, t if is_wide(d) else None)
 
 
 def _load_low(e: Emitter, t: int, source: Operand, load: str) -> None:
     if not isinstance(source, MemoryOperand):
-        e.load(t, _register(source))
+        e.load(t, as_register(source))
     elif load.startswith("PINSR"):
         e.emit(load, t, source, Immediate(0))
     else:
@@ -118,7 +118,7 @@ def _broadcast_128(e: Emitter) -> None:
     d, source = e.operands
     t = e.scratch()
     e.load(t, source)
-    _finish(e, d, t, t)
+    finish(e, d, t, t)
 
 
 # -- lanes of 128 bits ------------------------------------------------------------------------
@@ -126,26 +126,26 @@ def _broadcast_128(e: Emitter) -> None:
 
 def _extract_128(e: Emitter) -> None:
     d, source, which = e.operands
-    half = _half(e, source, cast(Immediate, which).value & 1)
+    part = half(e, source, cast(Immediate, which).value & 1)
     if isinstance(d, MemoryOperand):
-        if isinstance(half, MemoryOperand):
+        if isinstance(part, MemoryOperand):
             t = e.scratch()
-            e.load(t, half)
-            half = t
-        store_whole(e, cast(int, half))
+            e.load(t, part)
+            part = t
+        store_whole(e, cast(int, part))
         return
-    e.load(_register(d), half)
+    e.load(as_register(d), part)
     e.zero_upper(cast(int, d))
 
 
 def _insert_128(e: Emitter) -> None:
     d, a, b, which = e.operands
     t = e.scratch()
-    e.load(t, b if isinstance(b, MemoryOperand) else _register(b))
+    e.load(t, b if isinstance(b, MemoryOperand) else as_register(b))
     if cast(Immediate, which).value & 1:
-        _finish(e, d, _register(a), t)
+        finish(e, d, as_register(a), t)
     else:
-        _finish(e, d, t, e.upper(cast(int, a)))
+        finish(e, d, t, e.upper(cast(int, a)))
 
 
 def _permute_128(e: Emitter) -> None:
@@ -157,11 +157,11 @@ def _permute_128(e: Emitter) -> None:
         if field & 8:
             e.emit("PXOR_XMM_XMMM128", t, t)
         else:
-            e.load(t, _half(e, b if field & 2 else a, field & 1))
+            e.load(t, half(e, b if field & 2 else a, field & 1))
         results.append(t)
     if isinstance(b, MemoryOperand):
         _touch(e)
-    _finish(e, d, results[0], results[1])
+    finish(e, d, results[0], results[1])
 
 
 def _touch(e: Emitter) -> None:
@@ -180,53 +180,52 @@ def _permute_quads(e: Emitter) -> None:
     results = []
     for i, j in (picks[:2], picks[2:]):
         t = e.scratch()
-        e.load(t, _half(e, source, i >> 1))
+        e.load(t, half(e, source, i >> 1))
         select = Immediate(i & 1 | (j & 1) << 1)
-        e.emit("SHUFPD_XMM_XMMM128_IMM8", t, _half(e, source, j >> 1), select)
+        e.emit("SHUFPD_XMM_XMMM128_IMM8", t, half(e, source, j >> 1), select)
         results.append(t)
-    _finish(e, d, results[0], results[1])
+    finish(e, d, results[0], results[1])
 
 
-def _permute_in_lane(legacy: str, split: int, e: Emitter) -> None:
+def permute_in_lane(legacy: str, split: int, e: Emitter) -> None:
     """VPERMILPS, VPERMILPD by immediate: SHUFPS of a register with itself."""
-    d, source, control = e.operands
-    if not isinstance(control, Immediate):
-        raise NotLoweredError
+    d, source, last = e.operands
+    control = cast(Immediate, last)
     results = []
-    for which in (_LOW, _HIGH)[: 1 + _is_wide(d)]:
+    for which in (LOW, HIGH)[: 1 + is_wide(d)]:
         t = e.scratch()
-        e.load(t, _half(e, source, which))
+        e.load(t, half(e, source, which))
         mask = 3 if split else 255
         e.emit(legacy, t, t, Immediate(control.value >> split * which & mask))
         results.append(t)
-    _finish(e, d, results[0], results[1] if _is_wide(d) else None)
+    finish(e, d, results[0], results[1] if is_wide(d) else None)
 
 
 def _blend_dwords(e: Emitter) -> None:
     """VPBLENDD: PBLENDW with each bit of the immediate twice."""
     d, a, b, control = e.operands
     results = []
-    for which in (_LOW, _HIGH)[: 1 + _is_wide(d)]:
+    for which in (LOW, HIGH)[: 1 + is_wide(d)]:
         bits = cast(Immediate, control).value >> 4 * which
         words = sum(3 << 2 * n for n in range(4) if bits >> n & 1)
         t = e.scratch()
-        e.load(t, _half(e, a, which))
-        e.emit("PBLENDW_XMM_XMMM128_IMM8", t, _half(e, b, which), Immediate(words))
+        e.load(t, half(e, a, which))
+        e.emit("PBLENDW_XMM_XMMM128_IMM8", t, half(e, b, which), Immediate(words))
         results.append(t)
-    _finish(e, d, results[0], results[1] if _is_wide(d) else None)
+    finish(e, d, results[0], results[1] if is_wide(d) else None)
 
 
 def _duplicate_doubles(e: Emitter) -> None:
     """VMOVDDUP."""
     d, source = e.operands
     results = []
-    for which in (_LOW, _HIGH)[: 1 + _is_wide(d)]:
+    for which in (LOW, HIGH)[: 1 + is_wide(d)]:
         t = e.scratch()
-        e.emit("MOVDDUP_XMM_XMMM64", t, _half(e, source, which))
+        e.emit("MOVDDUP_XMM_XMMM64", t, half(e, source, which))
         results.append(t)
-    if _is_wide(d) and isinstance(source, MemoryOperand):
+    if is_wide(d) and isinstance(source, MemoryOperand):
         _touch(e)
-    _finish(e, d, results[0], results[1] if _is_wide(d) else None)
+    finish(e, d, results[0], results[1] if is_wide(d) else None)
 
 
 # -- other widths -----------------------------------------------------------------------------
@@ -236,32 +235,39 @@ def _widen(legacy: str, step: int, e: Emitter) -> None:
     """The source has half the width or less: ``step`` bytes of it make 16 of the result."""
     d, source = e.operands
     t = e.scratch()
-    plain = source if isinstance(source, MemoryOperand) else _register(source)
-    if not _is_wide(d):
-        e.emit(legacy, t, plain)
-        _finish(e, d, t, None)
+    plain = source if isinstance(source, MemoryOperand) else as_register(source)
+    if not is_wide(d):
+        _widen_part(e, legacy, t, plain)
+        finish(e, d, t, None)
         return
     other = e.scratch()
-    e.emit(legacy, t, plain)
+    _widen_part(e, legacy, t, plain)
     if isinstance(source, MemoryOperand):
-        e.emit(legacy, other, e.memory(step))
+        _widen_part(e, legacy, other, e.memory(step))
     else:
         e.load(other, plain)
         e.emit("PSRLDQ_XMM_IMM8", other, Immediate(step))
         e.emit(legacy, other, other)
-    _finish(e, d, t, other)
+    finish(e, d, t, other)
+
+
+def _widen_part(e: Emitter, legacy: str, t: int, source: Operand) -> None:
+    if legacy.startswith("CVT") and isinstance(source, MemoryOperand):  # not right from memory
+        e.emit("MOVQ_XMM_XMMM64", t, source)
+        source = t
+    e.emit(legacy, t, source)
 
 
 def _narrow_doubles(legacy: str, e: Emitter) -> None:
     """VCVTPD2PS and its kin: four doubles make one XMM register."""
     d, source = e.operands
     t = e.scratch()
-    e.emit(legacy, t, _half(e, source, _LOW))
+    e.emit(legacy, t, half(e, source, LOW))
     if "256" in _form(e):
         other = e.scratch()
-        e.emit(legacy, other, _half(e, source, _HIGH))
+        e.emit(legacy, other, half(e, source, HIGH))
         e.emit("PUNPCKLQDQ_XMM_XMMM128", t, other)
-    _finish(e, d, t, None)
+    finish(e, d, t, None)
 
 
 # -- masks and flags --------------------------------------------------------------------------
@@ -271,14 +277,14 @@ def _byte_mask(e: Emitter) -> None:
     """VPMOVMSKB: the halves' masks put together in memory, since shifts would change flags."""
     d, source = e.operands
     assert isinstance(d, int)
-    if not _is_wide(source):
-        e.emit("PMOVMSKB_R32_XMM", d, _register(source))
+    if not is_wide(source):
+        e.emit("PMOVMSKB_R32_XMM", d, as_register(source))
         return
     t = e.scratch()
     e.load(t, e.upper(cast(int, source)))
     e.emit("PMOVMSKB_R32_XMM", d, t)
     e.emit("MOV_RM32_R32", e.spill_at(2), d)
-    e.emit("PMOVMSKB_R32_XMM", d, _register(source))
+    e.emit("PMOVMSKB_R32_XMM", d, as_register(source))
     e.emit("MOV_RM16_R16", e.spill, _of_size(d, Register.AX))
     e.emit("MOV_R32_RM32", d, e.spill)
 
@@ -294,8 +300,8 @@ def _sign_mask(e: Emitter) -> None:
     d, source = e.operands
     assert isinstance(d, int)
     double = "PD" in _form(e)
-    low = _register(source)
-    if not _is_wide(source):
+    low = as_register(source)
+    if not is_wide(source):
         e.emit("MOVMSKPD_R32_XMM" if double else "MOVMSKPS_R32_XMM", d, low)
         return
     t = e.scratch()
@@ -314,11 +320,16 @@ def _sign_mask(e: Emitter) -> None:
 def _test(e: Emitter) -> None:
     """VPTEST: ZF = no bit in both, CF = no bit in the second alone; SDM Vol. 2, PTEST."""
     a, b = e.operands
-    if not _is_wide(a):
-        plain = b if isinstance(b, MemoryOperand) else _register(b)
-        e.emit("PTEST_XMM_XMMM128", _register(a), plain)
+    if not is_wide(a):
+        plain = b if isinstance(b, MemoryOperand) else as_register(b)
+        e.emit("PTEST_XMM_XMMM128", as_register(a), plain)
         return
-    both, alone = _folded(e, a, b, "PAND_XMM_XMMM128"), _folded(e, a, b, "PANDN_XMM_XMMM128")
+    test_wide(e, a, [half(e, b, which) for which in (LOW, HIGH)])
+
+
+def test_wide(e: Emitter, a: Operand, b: Sequence[Operand]) -> None:
+    """PTEST of a YMM register with two halves."""
+    both, alone = (_folded(e, a, b, f"{name}_XMM_XMMM128") for name in ("PAND", "PANDN"))
     e.emit("PUNPCKLQDQ_XMM_XMMM128", both, alone)
     ones = e.scratch()
     e.emit("PCMPEQD_XMM_XMMM128", ones, ones)
@@ -326,13 +337,13 @@ def _test(e: Emitter) -> None:
     e.emit("PTEST_XMM_XMMM128", ones, both)
 
 
-def _folded(e: Emitter, a: Operand, b: Operand, operation: str) -> int:
+def _folded(e: Emitter, a: Operand, b: Sequence[Operand], operation: str) -> int:
     """All four quadwords of ``a operation b`` ORed into the lowest."""
     t, other = e.scratch(), e.scratch()
-    e.load(t, _half(e, a, _LOW))
-    e.emit(operation, t, _half(e, b, _LOW))
-    e.load(other, _half(e, a, _HIGH))
-    e.emit(operation, other, _half(e, b, _HIGH))
+    e.load(t, half(e, a, LOW))
+    e.emit(operation, t, b[LOW])
+    e.load(other, half(e, a, HIGH))
+    e.emit(operation, other, b[HIGH])
     e.emit("POR_XMM_XMMM128", t, other)
     e.emit("PSHUFD_XMM_XMMM128_IMM8", other, t, _SWAP)
     e.emit("POR_XMM_XMMM128", t, other)
@@ -350,19 +361,19 @@ def _blend_variable(compare: str, quads: bool, e: Emitter) -> None:
     """By the sign of each lane of the fourth operand: (b & mask) | (a & ~mask)."""
     d, a, b, mask = e.operands
     results = []
-    for which in (_LOW, _HIGH)[: 1 + _is_wide(d)]:
+    for which in (LOW, HIGH)[: 1 + is_wide(d)]:
         t = e.scratch()
         e.emit("PXOR_XMM_XMMM128", t, t)
-        e.emit(compare, t, _half(e, mask, which))
+        e.emit(compare, t, half(e, mask, which))
         if quads:
             e.emit("PSHUFD_XMM_XMMM128_IMM8", t, t, Immediate(0xF5))
         chosen = e.scratch()
-        e.load(chosen, _half(e, b, which))
+        e.load(chosen, half(e, b, which))
         e.emit("PAND_XMM_XMMM128", chosen, t)
-        e.emit("PANDN_XMM_XMMM128", t, _half(e, a, which))
+        e.emit("PANDN_XMM_XMMM128", t, half(e, a, which))
         e.emit("POR_XMM_XMMM128", t, chosen)
         results.append(t)
-    _finish(e, d, results[0], results[1] if _is_wide(d) else None)
+    finish(e, d, results[0], results[1] if is_wide(d) else None)
 
 
 def _zero(registers: bool, e: Emitter) -> None:
@@ -394,8 +405,6 @@ RULES: dict[str, Rule] = {
     "vperm2i128": _permute_128,
     "vpermq": _permute_quads,
     "vpermpd": _permute_quads,
-    "vpermilps": partial(_permute_in_lane, "SHUFPS_XMM_XMMM128_IMM8", 0),
-    "vpermilpd": partial(_permute_in_lane, "SHUFPD_XMM_XMMM128_IMM8", 2),
     "vpblendd": _blend_dwords,
     "vmovddup": _duplicate_doubles,
     "vcvtdq2pd": partial(_widen, "CVTDQ2PD_XMM_XMMM64", 8),

@@ -42,10 +42,10 @@ UPPER_OFFSET: Final = 0
 """Upper halves of YMM0-15, 16 bytes each, in the state page."""
 SAVED_OFFSET: Final = 0x100
 """Where scratch registers are saved, 16 bytes each: XMM0-15, then RAX-R15."""
-SPILL_OFFSET: Final = 0x300
-"""16 bytes for a rule to pass values through memory."""
-COUNT_OFFSET: Final = 0x310
+COUNT_OFFSET: Final = 0x300
 """RAX while a run is counted."""
+SPILL_OFFSET: Final = 0x310
+"""128 bytes for a rule to pass values through memory."""
 
 BEFORE: Final = -1
 FIRST_GPR: Final = 16
@@ -241,12 +241,21 @@ class Emitter:
 
     @property
     def spill(self) -> MemoryOperand:
-        """16 bytes of memory."""
+        """Memory of 128 bytes for what the rule likes."""
         return self._own(SPILL_OFFSET)
 
     def spill_at(self, offset: int) -> MemoryOperand:
         """The same, ``offset`` bytes further on."""
         return self._own(SPILL_OFFSET + offset)
+
+    def spill_chosen(self, offset: int, index: int, scale: int) -> MemoryOperand:
+        """The same, ``scale`` times a 64-bit register further on."""
+        there = signed(self._state + SPILL_OFFSET + offset)
+        return MemoryOperand(Register.NONE, index, scale, there, 8)  # type: ignore[arg-type]
+
+    def scratch_gpr(self) -> int:
+        """The number of a general register that the instruction does not use, as scratch."""
+        return self._take(range(FIRST_GPR, FIRST_GPR + 16)) - FIRST_GPR
 
     def scratch(self) -> int:
         """An XMM register that the instruction does not use; its value does not matter."""
@@ -353,6 +362,7 @@ def _create(form: Any, operands: tuple[Operand, ...]) -> Instruction:
         "mr": Instruction.create_mem_reg,
         "ri": Instruction.create_reg_u32,
         "mi": Instruction.create_mem_u32,
+        "rrr": Instruction.create_reg_reg_reg,
         "rri": Instruction.create_reg_reg_u32,
         "rmi": Instruction.create_reg_mem_u32,
         "mri": Instruction.create_mem_reg_u32,
