@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from iced_x86 import Register
 
@@ -72,6 +72,7 @@ class VirtualMemory(Protocol):
 
 
 _ALL = slice(None)
+_T = TypeVar("_T")
 
 
 class Cpu:
@@ -90,7 +91,8 @@ class Cpu:
         self.check_write = memory.check_write
         self.services: dict[str, Any] = {}
         """State that a pack keeps per vCPU (the Linux pack its process), by pack name."""
-        self._undo: list[Callable[[], None]] | None = None
+        self._undo: list[Callable[[], None]] = []
+        """How to undo what the transaction at hand wrote and is in no copy."""
         self._saved = tuple(memoryview(bytearray(len(image))) for image in registers.images)
         self._copies = tuple(zip(self._saved, registers.images, strict=True))
         self._logged_write = self._write_undoable
@@ -119,7 +121,7 @@ class Cpu:
 
     def _put(self, name: str, value: int) -> None:
         bank = self.registers.bank
-        if self._undo is not None:
+        if self.write is self._logged_write:  # in a transaction
             self._undo.append(partial(bank.write, name, bank.read(name)))
         bank.write(name, value)
 
@@ -145,34 +147,41 @@ class Cpu:
         """Linear address of the instruction's memory operand, now."""
         return bind_address(self, insn)()
 
-    def begin(self) -> None:
-        """From here on, :meth:`rollback` can undo what is written to GPRs, RIP, RFLAGS, MXCSR,
-        vectors, opmasks and memory (RAM; what a device was told stays told)."""
-        for saved, image in self._copies:
-            saved[_ALL] = image
-        self._undo = []
-        self.write = self._logged_write
+    def transaction(self, action: Callable[[], _T]) -> Callable[[], _T]:
+        """``action``, undone if it raises: what it wrote to GPRs, RIP, RFLAGS, MXCSR, vectors,
+        opmasks and memory (RAM; what a device was told stays told)."""
+        copies, logged, plain = self._copies, self._logged_write, self._plain_write
+        undo = self._undo
 
-    def commit(self) -> None:
-        """What was written since :meth:`begin` stands."""
-        self._undo = None
+        def run() -> _T:
+            for saved, image in copies:
+                saved[_ALL] = image
+            self.write = logged
+            try:
+                verdict = action()
+            except BaseException:
+                self._rollback()
+                raise
+            self.write = plain
+            if undo:
+                undo.clear()
+            return verdict
+
+        return run
+
+    def _rollback(self) -> None:
         self.write = self._plain_write
-
-    def rollback(self) -> None:
-        """Undo everything written since :meth:`begin`."""
-        undo = self._undo or []
-        self.commit()
-        for step in reversed(undo):
+        for step in reversed(self._undo):
             step()
+        self._undo.clear()
         for saved, image in self._copies:
             image[_ALL] = saved
 
     def _write_undoable(self, address: int, data: bytes) -> None:
         self.memory.check_write(address, len(data))
-        if self._undo is not None:
-            with suppress(MmioRead):
-                before = self.memory.read(address, len(data))
-                self._undo.append(partial(self.memory.write, address, before))
+        with suppress(MmioRead):
+            before = self.memory.read(address, len(data))
+            self._undo.append(partial(self.memory.write, address, before))
         self.memory.write(address, data)
 
 

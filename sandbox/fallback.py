@@ -188,7 +188,7 @@ class Tier:
                 raise handler_error((handler,), insn, error) from error
             if action is not None:
                 handlers.append(handler)
-                actions.append(action if handler.restartable else _transaction(self.cpu, action))
+                actions.append(action if handler.restartable else self.cpu.transaction(action))
         name = insn.mnemonic if insn.code else insn.raw.hex(" ")
         tally = self.tallies.setdefault(name, Tally())
         if handlers:
@@ -222,21 +222,5 @@ def _in_turn(actions: list[Action]) -> Action:
             if not isinstance(verdict, Decline):
                 return verdict
         return Decline()
-
-    return run
-
-
-def _transaction(cpu: Cpu, action: Action) -> Action:
-    """Undo what the handler wrote if it does not come to a verdict."""
-
-    def run() -> Verdict | None:
-        cpu.begin()
-        try:
-            verdict = action()
-        except BaseException:
-            cpu.rollback()
-            raise
-        cpu.commit()
-        return verdict
 
     return run

@@ -28,8 +28,6 @@ class Site:
     """A trapped instruction at an address, found once and looked at again only if it changed."""
 
     __slots__ = (
-        "at",
-        "end",
         "generation",
         "handlers",
         "host",
@@ -39,6 +37,7 @@ class Site:
         "raw",
         "rip_mask",
         "run",
+        "span",
         "tally",
     )
 
@@ -52,7 +51,7 @@ class Site:
         self.rip_mask = bound.rip_mask
         self.page = _EXIT_HEAD + emulation_failure_page(fetched)
         self.host: Any = b""
-        self.at = self.end = 0
+        self.span = slice(0)
         self.generation = -1
 
 
@@ -137,8 +136,8 @@ class Sites:
         linear = self._linear(rip)
         if linear % PAGE_SIZE + insn.length <= PAGE_SIZE:
             slot, page = self._engine.memory.code_page(linear)
-            site.host, site.at = slot.host, page + linear % PAGE_SIZE
-            site.end = site.at + site.length
+            at = page + linear % PAGE_SIZE
+            site.host, site.span = slot.host, slice(at, at + site.length)
             site.generation = self._engine.generation
         return site
 

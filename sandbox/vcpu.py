@@ -221,7 +221,7 @@ class Vcpu:
                 if (
                     site is None
                     or site.generation != engine.generation
-                    or site.host[site.at : site.end] != site.raw
+                    or site.host[site.span] != site.raw
                 ):
                     if not first:
                         return None  # other bytes, perhaps allowed ones: the engine decides
@@ -238,20 +238,22 @@ class Vcpu:
                         verdict = site.run()
                     except BaseException as error:  # noqa: BLE001 - sorted out, or raised again
                         left = self._failed(site, error)
+                        rip = rip_view[0]
                     else:
                         site.tally.count += 1
                         if verdict is None and not memory.mmio_used:
-                            rip_view[0] = (rip_view[0] + site.length) & site.rip_mask
+                            rip = rip_view[0] = (rip_view[0] + site.length) & site.rip_mask
                             left = None
                         else:
                             left = self._done(site, verdict)
+                            rip = rip_view[0]
                 else:
                     left = self._watched_step(site, rip)
+                    rip = rip_view[0]
                 if left is not None:
                     return left
                 if self._asked and (flags_view[0] & IF or self.finishing):
                     return self._look_up()
-                rip = rip_view[0]
                 first = rip not in sites
                 if first and (rip in not_trapped or not traps_ahead(rip)):
                     return None
