@@ -179,6 +179,34 @@ def test_a_page_that_the_guest_makes_present_when_it_faults_is_gone_on_with() ->
         assert found.vcpu.registers.gpr[RAX] == 14
 
 
+@pytest.mark.parametrize("last", range(10))
+def test_a_run_ends_with_its_page_whatever_comes_behind(last: int) -> None:
+    """The page behind can be executed, or not: then the fetch faults, and not before."""
+    body = "vpcmpeqd ymm0, ymm0, ymm0\n" + "vpsubd ymm1, ymm1, ymm0\n" * 6
+    length = len(assemble(body, BASE, 64))
+    start = 2 * PAGE_SIZE - length + last
+    code = assemble(body + "vmovd eax, xmm1\n hlt", start, 64)
+    image = b"\xf4" * (start - BASE) + code
+    for behind in (True, False):
+        seen = []
+        for low in (True, False):
+            policy = Policy.load("verified").with_exactness(lowering=low)
+            with machine(image, policy=policy, handlers=PACKS) as found:
+                space = found.space
+                assert space is not None
+                space.map(2 * PAGE_SIZE, 2 * PAGE_SIZE, PAGE_SIZE, write=True, execute=behind)
+                registers = found.vcpu.registers
+                registers.rip = start
+                left = found.vcpu.run(10)
+                assert isinstance(left, Hlt if behind else GuestException)
+                assert not behind or registers.gpr[RAX] == 6
+                cr2 = found.vm.engine.bank.read("cr2")
+                vectors = bytes(registers.vec.raw)
+                seen.append((str(left), registers.rip, cr2, list(registers.gpr), vectors))
+                assert bool(found.vcpu.stats.lowered_sites) == low
+        assert seen[0] == seen[1]
+
+
 # -- control registers ---------------------------------------------------------------------------
 
 SWITCHES = {
