@@ -16,6 +16,9 @@ from sandbox.campaign_worker import Finding as Finding
 from sandbox.decode import FORM_NAMES
 from sandbox.errors import SandboxError
 
+WINDOW = 8
+"""Requests that wait for each worker: while one is slow, the others go on with those behind it."""
+
 
 class Campaign:
     """Workers that compare forms; a context manager. On the fast path they try what ``policy``
@@ -39,7 +42,7 @@ class Campaign:
         with ThreadPoolExecutor(self.jobs) as pool:
             waiting = [
                 pool.submit(self._one, *request, cases, seed)
-                for request in islice(pending, 2 * self.jobs)
+                for request in islice(pending, WINDOW * self.jobs)
             ]
             while waiting:
                 yield waiting.pop(0).result()
