@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from iced_x86 import EncodingKind, Register, RegisterExt
 
+from handlers.lowered import rule_of
 from handlers.operands import bind_avx_guard
 from sandbox.cpu import SS_, Cpu, Fault, is_canonical
 from sandbox.decode import Insn
 from sandbox.handler import Action, Handler
+from sandbox.lowering import Rule
 from sandbox.registers import FS, GS, SS, VECTOR_BYTES
 
 _SEGMENT_NUMBERS = {
@@ -88,6 +90,9 @@ class Gather(Handler):
             raw[whole_mask] = none
 
         return action
+
+    def lowering(self, insn: Insn) -> Rule | None:
+        return rule_of(insn)
 
     def _bind_step(
         self, cpu: Cpu, insn: Insn, target: int, mask: int, indices: int, count: int

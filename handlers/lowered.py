@@ -3,7 +3,7 @@
 A rule belongs to a mnemonic, as the semantics of an operation do; :func:`rule_for` finds it. Most
 come from two observations: a VEX.128 form is its legacy twin, with a destination of its own and
 the upper half cleared; and most VEX.256 forms are the twin on either half, ``PER_LANE``. What has
-no twin to be made of (FMA, gathers, masked moves) is left to the handlers.
+no twin has rules of its own, beside this file, or is left to the handlers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from iced_x86 import Code, EncodingKind, MemoryOperand
 
-from handlers import lowered_lanes, lowered_special
+from handlers import lowered_lanes, lowered_masked, lowered_special
 from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, Insn
 from sandbox.lowering import (
     Emitter,
@@ -82,6 +82,8 @@ _FROM_REGISTER = {
 }
 """Legacy forms that the fast path has right with operands in registers only, and what loads one."""
 
+_SPECIAL = lowered_special.RULES, lowered_lanes.RULES, lowered_masked.RULES
+
 Twin: TypeAlias = tuple[str, bool]
 """Name of the legacy form, and whether VEX gives it a first source of its own (NDS)."""
 
@@ -113,7 +115,7 @@ def rule_for(form: int, mnemonic: int, encoding: int) -> Rule | None:
         return lowered_lanes.LEGACY.get(FORM_NAMES[form])
     if encoding != EncodingKind.VEX or name in _NEVER:
         return None
-    special = lowered_special.RULES.get(name) or lowered_lanes.RULES.get(name)
+    special = next((rules[name] for rules in _SPECIAL if name in rules), None)
     if special is not None:
         return special
     found = twin(form)

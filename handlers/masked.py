@@ -11,11 +11,13 @@ from itertools import groupby
 
 from iced_x86 import OpKind, Register
 
+from handlers.lowered import rule_of
 from handlers.operands import Form, Place, bind_avx_guard, bind_sse_guard
 from handlers.vector import end_of_write, form_of, mnemonics_of
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
 from sandbox.handler import Action, Handler
+from sandbox.lowering import Rule
 from sandbox.registers import DS, FS, GS, RDI, VECTOR_BYTES
 
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -92,6 +94,9 @@ class MaskedMove(Handler):
             move()
 
         return action
+
+    def lowering(self, insn: Insn) -> Rule | None:
+        return rule_of(insn)
 
 
 MASKED_MOVES = [

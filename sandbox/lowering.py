@@ -45,7 +45,7 @@ SAVED_OFFSET: Final = 0x100
 COUNT_OFFSET: Final = 0x300
 """RAX while a run is counted."""
 SPILL_OFFSET: Final = 0x310
-"""128 bytes for a rule to pass values through memory."""
+"""256 bytes for a rule to pass values through memory."""
 
 BEFORE: Final = -1
 FIRST_GPR: Final = 16
@@ -192,7 +192,8 @@ class Emitter:
         Of a lowered one, the vector registers among the operands: its rule knows the others.
         """
         used = {item.register for item in self._info.info(insn).used_registers()}
-        found = {FIRST_GPR + number(r) for r in used if RegisterExt.is_gpr(r)}
+        general = (RegisterExt.full_register(r) for r in used if RegisterExt.is_gpr(r))
+        found = {FIRST_GPR + number(r) for r in general}  # R15B has a number of its own, 19
         if lowered and insn.mnemonic == Mnemonic.VZEROUPPER:
             return found
         return found | {number(r) for r in used if RegisterExt.is_vector_register(r)}
@@ -241,7 +242,7 @@ class Emitter:
 
     @property
     def spill(self) -> MemoryOperand:
-        """Memory of 128 bytes for what the rule likes."""
+        """Memory of 256 bytes for what the rule likes."""
         return self._own(SPILL_OFFSET)
 
     def spill_at(self, offset: int) -> MemoryOperand:

@@ -170,9 +170,9 @@ def test_bytes_that_only_a_handler_knows_are_an_instruction(
         ('extends = "verified"', "protected", "c5fdfec1", "trap"),
         ('extends = "verified"\nfloat_flags = "exact"', "long", "c5fc58c1", "trap"),
         ('extends = "verified"', "long", "c5fc58c1", "lowered"),
-        ('extends = "verified"', "long", "c4e27d9200", "trap"),
+        ('extends = "verified"', "long", "c4e379600607", "trap"),
     ],
-    ids=["vpaddd", "switched off", "32-bit", "addps is trapped", "vaddps", "a gather"],
+    ids=["vpaddd", "switched off", "32-bit", "addps is trapped", "vaddps", "vpcmpestrm"],
 )
 def test_what_is_lowered_is_told_apart(
     policy: str,
