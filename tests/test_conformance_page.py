@@ -15,7 +15,7 @@ from sandbox.verified import findings_of
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "conformance.md").read_text()
 FINDINGS = list(findings_of(json.loads((DOCS / "conformance.json").read_text())))
-TIERS = {"fast": "fast path", "handlers": "handlers"}
+TIERS = {"fast": "fast path", "handlers": "handlers", "lowered": "lowered code"}
 
 
 def of_tier(tier: str) -> list[Finding]:
@@ -35,10 +35,10 @@ def test_the_sums_are_those_of_the_data(tier: str) -> None:
 
 
 def test_ten_million_cases_were_compared_and_none_differed() -> None:
-    found = [finding for tier in TIERS for finding in of_tier(tier)]
+    found = of_tier("fast") + of_tier("handlers")
     refused = sum(finding.gaps.get("refused", 0) for finding in found)
     assert sum(finding.cases for finding in found) - refused > 10_000_000
-    assert [finding.form for finding in found if finding.differences] == []
+    assert not any(finding.differences for finding in found + of_tier("lowered"))
 
 
 def test_the_gaps_are_those_of_the_data() -> None:
