@@ -111,7 +111,7 @@ def test_missing_compiler_is_named_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_unknown_sample_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(GuestImageError, match=r"no sample 'dott'; there are: demo, dot, "):
+    with pytest.raises(GuestImageError, match=r"no sample 'dott'; there are: decay, demo, "):
         build("dott", "x86-64", "O2", tmp_path)
 
 

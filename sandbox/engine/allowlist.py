@@ -51,6 +51,8 @@ class Patch:
     offset: int
     original: bytes
     trap: bytes
+    size: int
+    """Bytes of the block as Unicorn had it before, so far as that is known."""
     plain: Patch | None = None
     """The trap that stands in for it if Unicorn does not end the block where it should."""
 
@@ -111,23 +113,23 @@ class Allowlist:
             seen += 1
             mark = traps[instruction.code]
             if mark == TRAP or misread(code, at):
-                return self._patch(start, start + at, seen)
+                return self._patch(start, start + at, seen, size)
             last = at
             at = decoder.position
             if mark and asked(decode(code[last:at], bitness)):
-                return self._patch(start, start + last, seen)
+                return self._patch(start, start + last, seen, size)
         if at == size and seen == count:
             return None
         # Unicorn and our decoder disagree. If only about the last instruction, trap that one.
         if seen == count:
-            return self._patch(start, start + last, seen)
-        return self._patch(start, start, 1)
+            return self._patch(start, start + last, seen, size)
+        return self._patch(start, start, 1, size)
 
     def check_trapped(self, patch: Patch, size: int, count: int) -> Patch | None:
         """A block that ends in a trap: none, unless Unicorn went another way to its end."""
         if patch.block + size == patch.linear + len(patch.trap) and count == patch.count:
             return None
-        return patch.plain or self._patch(patch.block, patch.block, 1)
+        return patch.plain or self._patch(patch.block, patch.block, 1, size)
 
     def _code(self, start: int, size: int) -> bytes:
         """The block's bytes, and up to 15 more for the instruction that Unicorn cut short."""
@@ -156,7 +158,7 @@ class Allowlist:
                 view.flush_writable()
         runs_at.add(linear)
 
-    def _patch(self, block: int, linear: int, count: int) -> Patch:
+    def _patch(self, block: int, linear: int, count: int, size: int) -> Patch:
         if self._bank.bitness == 64:
             trap = _INVALID_64
         elif linear % PAGE_SIZE == PAGE_SIZE - 1:
@@ -165,4 +167,5 @@ class Allowlist:
             trap = _INVALID_LEGACY
         slot, page = self._views[0].code_page(linear)
         at = page + linear % PAGE_SIZE
-        return Patch(block, linear, count, slot, at, slot.host[at : at + len(trap)], trap)
+        original = slot.host[at : at + len(trap)]
+        return Patch(block, linear, count, slot, at, original, trap, size)

@@ -102,7 +102,7 @@ class HiddenMemory:
         """Fill what :meth:`room` gave. The guest has not run it yet."""
         at = linear - self.linear
         self._code.host[at : at + len(code)] = code
-        self._used = (at + len(code) + 15) & -16
+        self._used = at + len(code)  # unaligned: QEMU finds blocks by the low bits of their address
         self.places.update(places)
 
     def free_counter(self) -> int:

@@ -20,6 +20,7 @@ from sandbox.cpu import PF_, Fault
 from sandbox.decode import MAX_LENGTH, DecodeError, Insn, decode
 from sandbox.engine.allowlist import Allowlist, Patch
 from sandbox.engine.hidden import Place
+from sandbox.engine.patched import PatchedBlocks
 from sandbox.engine.protocol import Stop
 from sandbox.engine.unicorn_library import (
     UC_ERR_FETCH_PROT,
@@ -95,6 +96,7 @@ class UnicornEngine:
         self._fresh = self._stepped = -1
         """Address of the block that is about to be, or was last, translated from a flushed TLB."""
         self._stepping = False
+        self._patched = PatchedBlocks()
         self._rule: RuleOf | None = None
         self._count_lowered = False
         self._flushes = 0
@@ -527,8 +529,9 @@ class UnicornEngine:
         if self._rule is not None:
             patch = self._applied = self._lower(patch, self._rule)
         patch.apply()
-        # Of the block's first byte, so that other blocks with the same trap in them stay.
-        self._library.remove_cache(self._handle, patch.block, patch.block + 1)
+        end = max(patch.block + patch.size, patch.linear + len(patch.trap))
+        byte = self._patched.own_byte(patch.block, patch.block + patch.size, end)
+        self._library.remove_cache(self._handle, byte, byte + 1)
 
     def _lower(self, patch: Patch, rule: RuleOf) -> Patch:
         """The patch that leads to lowered code, or ``patch`` itself, if it traps to a handler."""

@@ -78,8 +78,9 @@ class UnicornLowering:
         original = trap.slot.host[trap.offset : end]
         count = trap.count - 1 + run.patch_count
         return Patch(
-            trap.block, trap.linear, count, trap.slot, trap.offset, original, run.patch, trap
-        )
+            trap.block, trap.linear, count, trap.slot, trap.offset, original, run.patch,
+            trap.size, trap,
+        )  # fmt: skip
 
     def refuse(self, linear: int) -> None:
         """Do not lower there any more: Unicorn ended the block elsewhere."""
