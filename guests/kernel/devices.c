@@ -20,7 +20,7 @@ static void ports(void)
 
 static void strings(void)
 {
-    static u8 out[16] = "ABCDEFGHIJKLMNOP", in[16];
+    static u8 in[16], out[16] = {'A', 'B', 'C', 'D', 'E', 'F', 'G', 'H', 'I', 'J', 'K', 'L', 'M', 'N', 'O', 'P'};
     struct string left = STRING("rep outsb", 0, 0xe0, 4, out, 0);
     check("io: rep outsb", !left.count && left.from == (u64)out + 4 && inb(0xe0) == 'D');
     left = STRING("rep insb", 0, 0xe0, 3, 0, in);
