@@ -86,6 +86,11 @@ class Vectors:
         """The bytes: register ``n`` stands at ``raw[64*n : 64*n + 64]``."""
         self._views: dict[str, npt.NDArray[Any]] = {}
 
+    def move(self, raw: memoryview) -> None:
+        """Be views of other bytes from now on."""
+        self.raw = raw
+        self._views.clear()
+
     def view(self, dtype: str) -> npt.NDArray[Any]:
         """All 32 registers as lanes of ``dtype`` (``u1 u2 u4 u8 i1.. f4 f8``)."""
         found = self._views.get(dtype)

@@ -261,7 +261,10 @@ class Vm:
             self.vcpu.registers.xcr0 = wanted & model.xcr0_mask
 
     def close(self) -> None:
-        """Free the engine; raises :class:`~sandbox.errors.SandboxError` while the vCPU runs."""
+        """Free the engine; registers keep their values.
+
+        Raises :class:`~sandbox.errors.SandboxError` while the vCPU runs.
+        """
         if self.vcpu is not None:
             if self.vcpu.thread:
                 raise SandboxError("the vCPU is running: stop it before its Vm is closed")
@@ -270,6 +273,8 @@ class Vm:
             self.vcpu.external.close()
         if self._engine is not None:
             self._engine.close()
+        if self.vcpu is not None:
+            self.vcpu.cpu.gpr = self.vcpu.registers.gpr  # no longer the engine's memory
 
     def __enter__(self) -> Self:
         return self

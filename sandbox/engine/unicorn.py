@@ -442,6 +442,7 @@ class UnicornEngine:
             self._closed = True
             self._physical.on_slot.remove(self._map)
             self._physical.on_unslot.remove(self._unmap)
+            self._bank.detach(self.registers)
             self._library.call.uc_close(self._handle)
 
     # -- callbacks: they note what happened and stop, nothing else ------------------------------

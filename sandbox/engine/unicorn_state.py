@@ -102,6 +102,8 @@ class UnicornBank:
         self._call = library().call
         self._ids = {name: ctypes.c_int(number) for name, (number, _size) in _API.items()}
         self._cr8 = 0
+        self._kept: dict[str, int] | None = None
+        """What only Unicorn's API can read, once the engine is gone."""
         self.on_control: Callable[[], None] = _nothing
         """Called after a write of CR0, CR3, CR4 or EFER, and if CPL, mode or CS base have changed:
         what was found at an address may no longer hold."""
@@ -120,20 +122,36 @@ class UnicornBank:
 
     def registers(self) -> Registers:
         """The register file: GPRs, RIP and vectors as views of Unicorn's own state."""
+        registers = Registers(*self._views(), self)
+        self._show(registers)
+        return registers
+
+    def _views(self) -> tuple[memoryview, memoryview, memoryview]:
         found = self._layout
-        vectors = found.vectors
-        registers = Registers(
+        return (
             self.quads[found.gpr // 8 : found.gpr // 8 + 16],
             self.quads[found.rip // 8 : found.rip // 8 + 1],
-            self._bytes[vectors : vectors + VECTOR_COUNT * VECTOR_BYTES],
-            self,
+            self._bytes[found.vectors : found.vectors + VECTOR_COUNT * VECTOR_BYTES],
         )
+
+    def _show(self, registers: Registers) -> None:
+        found = self._layout
         registers.controls = self.quads[self.cr_index : self.cr_index + 5]
-        end = vectors + VECTOR_COUNT * VECTOR_BYTES
+        end = found.vectors + VECTOR_COUNT * VECTOR_BYTES
         registers.images = (self._bytes[:end], registers.opmask.cast("B"))
         registers.rflags_view = self.quads[self._rflags : self._rflags + 1]
         registers.mxcsr_view = self.words[found.mxcsr // 4 : found.mxcsr // 4 + 1]
-        return registers
+
+    def detach(self, registers: Registers) -> None:
+        """Keep the state in memory of our own: Unicorn is about to free its."""
+        self._kept = {name: self.read(name) for name in (*_API, *_MSRS)}
+        self._bytes = memoryview(bytearray(self._bytes))
+        self.quads, self.words = self._bytes.cast("Q"), self._bytes.cast("I")
+        self.control_view = memoryview(bytes(self.control_view))
+        self.on_control, self.on_float_control = _nothing, _ignore
+        registers.gpr, registers.rip_view, vectors = self._views()
+        registers.vec.move(vectors)
+        self._show(registers)
 
     @property
     def cpl(self) -> int:
@@ -157,6 +175,8 @@ class UnicornBank:
             return self.words[self._layout.mxcsr // 4]
         if name in _MMX:
             return self.read(_MMX[name]) & 0xFFFF_FFFF_FFFF_FFFF
+        if self._kept is not None and name in self._kept:
+            return self._kept[name]
         number = self._ids.get(name)
         if number is not None:
             self._call.uc_reg_read(self._handle, number, self._buffer)
@@ -172,6 +192,8 @@ class UnicornBank:
     def write(self, name: str, value: int) -> None:
         if name == "rflags":
             self.quads[self._rflags] = value & 0xFFFF_FFFF | 2
+        elif self._kept is not None and name in self._kept:
+            self._keep(name, value)
         elif name in _API:
             number, size = _API[name]
             self._buffer_bytes[:size] = value.to_bytes(size, "little")
@@ -194,8 +216,19 @@ class UnicornBank:
         else:
             raise KeyError(name)
 
+    def _keep(self, name: str, value: int) -> None:
+        """:meth:`write` without an engine."""
+        if name in self._direct:
+            self.quads[self._direct[name]] = value
+        elif name == "mxcsr":
+            self.words[self._layout.mxcsr // 4] = value
+        elif self._kept is not None:
+            self._kept[name] = value
+
     def flush_tlb(self) -> None:
         """Make Unicorn forget its translations, as a write of CR3 does."""
+        if self._kept is not None:
+            return
         cr3 = self.quads[self.cr_index + 3]
         self._buffer_bytes[:8] = cr3.to_bytes(8, "little")
         self._call.uc_reg_write(self._handle, self._ids["cr3"], self._buffer)
