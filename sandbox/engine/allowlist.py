@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from iced_x86 import Code, Decoder, Instruction
 
 from sandbox.cpu import Fault
-from sandbox.decode import Insn, decode
-from sandbox.engine.misread import MISREAD
+from sandbox.decode import MAX_LENGTH, Insn, decode
+from sandbox.engine.misread import MAY_BE_MISREAD, MISREAD
 from sandbox.engine.unicorn_state import UnicornBank
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.paging import PagedMemory
@@ -106,17 +106,18 @@ class Allowlist:
         code = self._code(start, size)
         decoder = Decoder(bitness, code, ip=start)
         traps, asked, instruction = self._traps, self._asked, self._instruction
-        misread = MISREAD[bitness].match
+        misread = MISREAD[bitness].match if MAY_BE_MISREAD(code) else None
         at = last = seen = 0
         while at < size:
             decoder.decode_out(instruction)
             seen += 1
+            last, at = at, decoder.position
             mark = traps[instruction.code]
-            if mark == TRAP or misread(code, at):
-                return self._patch(start, start + at, seen, size)
-            last = at
-            at = decoder.position
-            if mark and asked(decode(code[last:at], bitness)):
+            if (mark or misread) and (
+                mark == TRAP
+                or (misread and misread(code, last))
+                or (mark and asked(decode(code[last:at], bitness)))
+            ):
                 return self._patch(start, start + last, seen, size)
         if at == size and seen == count:
             return None
@@ -133,9 +134,14 @@ class Allowlist:
 
     def _code(self, start: int, size: int) -> bytes:
         """The block's bytes, and up to 15 more for the instruction that Unicorn cut short."""
+        want = size + MAX_LENGTH
+        at = start % PAGE_SIZE
+        if at + want <= PAGE_SIZE:
+            slot, page = self._views[0].code_page(start)
+            self._note_code_page((slot.base + page) >> 12, start >> 12)
+            return slot.host[page + at : page + at + want]
         mask = (1 << 64) - 1 if self._bank.bitness == 64 else 0xFFFF_FFFF
         code = b""
-        want = size + 15
         while len(code) < want:
             address = (start + len(code)) & mask
             try:

@@ -33,3 +33,6 @@ MISREAD = {
     64: _pattern(_LEGACY + rb"\x40-\x4f", _BOTH_REPEATS, _OVERRIDDEN, _SHORT_BRANCH),
 }
 """By bitness: matches an instruction that must not be left to Unicorn."""
+
+MAY_BE_MISREAD = re.compile(rb"[\x66\xf2\xf3]").search
+"""Whether code may hold such an instruction: all have one of these prefixes."""

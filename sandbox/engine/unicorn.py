@@ -479,7 +479,6 @@ class UnicornEngine:
             elif self._may_be_stale(block.pc, block.icount):
                 self._stale = block.pc, block.size
             else:
-                self._look_at_control()
                 self._patch = self._allowlist.check(block.pc, block.size, block.icount)
         except BaseException as error:  # noqa: BLE001 - ctypes would swallow it; enter() raises it
             self._failure = error
