@@ -105,6 +105,8 @@ class KvmEngine:
         self.vector = self.error_code = self.generation = 0
         self.left: Exit | None = None
         self.trampoline: Trampoline | None = None
+        self._kicked = False
+        """Whether the thread in KVM_RUN was sent a signal."""
         self._left_rip = 0
         self._pending = False
         self._bank.on_control = self._flush
@@ -167,6 +169,7 @@ class KvmEngine:
     def _run(self) -> int:
         """KVM_RUN; its errno, or 0."""
         assert self._vcpu is not None
+        self._kicked = False
         self._thread = threading.get_ident()
         try:
             return run_vcpu(self._vcpu.descriptor)
@@ -228,7 +231,8 @@ class KvmEngine:
     def stop(self) -> None:
         self.page.run.immediate_exit = 1
         thread = self._thread
-        if thread:
+        if thread and not self._kicked:  # one is enough, and a flood of them would hold it up
+            self._kicked = True
             with suppress(BlockingIOError):  # so many are on their way that no more can be queued
                 signal.pthread_kill(thread, KICK)
 
