@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+from sandbox.errors import HandlerTimeoutError
 from sandbox.vcpu import Vcpu
 
 
@@ -23,6 +25,7 @@ def run_interruptibly(vcpu: Vcpu, timeout: float | None) -> Any:
         while frame is not None:
             if frame.f_globals.get("__name__", "").startswith("sandbox.engine."):
                 asked.append(number)
+                vcpu.deadline = time.monotonic()  # for a handler that never ends, met just now
                 vcpu.request_stop()
                 return
             frame = frame.f_back
@@ -31,8 +34,12 @@ def run_interruptibly(vcpu: Vcpu, timeout: float | None) -> Any:
     if threading.current_thread() is not threading.main_thread():
         return vcpu.run(timeout)
     before = signal.signal(signal.SIGINT, handle)
+    left = None
     try:
         left = vcpu.run(timeout)
+    except HandlerTimeoutError:
+        if not asked:
+            raise
     finally:
         signal.signal(signal.SIGINT, before)
     if asked:

@@ -18,7 +18,8 @@ class Notice:
 
 @dataclass(slots=True)
 class Stats:
-    """Where the time went. Seconds by ``time.perf_counter``."""
+    """Where the time went. Seconds by ``time.perf_counter``; of a run with many stops the share of
+    the handler tier is estimated from a sample."""
 
     fast_seconds: float = 0.0
     fallback_seconds: float = 0.0

@@ -96,6 +96,8 @@ class UnicornEngine:
         self._fresh = self._stepped = -1
         """Address of the block that is about to be, or was last, translated from a flushed TLB."""
         self._stepping = False
+        self._entered = (0, 0)
+        """Generation and XCR0 at the last entry with lowered code."""
         self._patched = PatchedBlocks()
         self._rule: RuleOf | None = None
         self._count_lowered = False
@@ -147,15 +149,16 @@ class UnicornEngine:
     def _prepare_start(self) -> None:
         """Arguments made once: converting them would cost more than the call.
 
-        The address to start at is RIP itself, passed from where Unicorn keeps it.
+        The address to start at is RIP itself, passed from where Unicorn keeps it. The others (no
+        end, timeout or count) are 0, and None is the 0 of 64 bits that ctypes is quickest with.
         """
         self._start = self._library.free.uc_emu_start
         self._start_arguments = (
             self._handle,
             self._bank.rip_argument,
-            ctypes.c_uint64(0),
-            ctypes.c_uint64(0),
-            ctypes.c_size_t(0),
+            None,
+            None,
+            None,
         )
         self.enter = self._make_enter()
 
@@ -165,7 +168,7 @@ class UnicornEngine:
 
         def enter() -> Stop:
             lowering = self._lowering
-            if lowering is not None:
+            if lowering is not None and lowering.taken_in:
                 self._enter_lowered(lowering)
             while True:
                 error = start(handle, rip, until, timeout, count)
@@ -179,11 +182,12 @@ class UnicornEngine:
 
     def _enter_lowered(self, lowering: UnicornLowering) -> None:
         """Bring lowered code in line with what the machine did while the guest was stopped."""
-        if not lowering.taken_in:
-            return
-        if (lowering.was_valid() and not lowering.is_valid()) or lowering.is_full:
-            lowering.clear()
-            self._library.flush_blocks(self._handle)
+        state = self.generation, self.registers.xcr0
+        if state != self._entered or lowering.is_full:
+            self._entered = state
+            if (lowering.was_valid() and not lowering.is_valid()) or lowering.is_full:
+                lowering.clear()
+                self._library.flush_blocks(self._handle)
         lowering.give_out()
 
     def _first_blocks(self) -> None:
@@ -390,14 +394,18 @@ class UnicornEngine:
     def sync(self) -> None:
         if self._lowering is not None:
             self._lowering.take_in()
-        self._look_at_control()
+        if self._untrusted or bytes(self._control) != self._controlled:
+            self._control_changed()
 
     def _look_at_control(self) -> None:
         if self._untrusted or bytes(self._control) != self._controlled:
-            self._controlled = bytes(self._control)
-            quads, cr = self._bank.quads, self._bank.cr_index
-            self._untrusted = quads[cr] & CR0_PG != 0 and quads[cr + 3] != self._trusted_root
-            self._flush()
+            self._control_changed()
+
+    def _control_changed(self) -> None:
+        self._controlled = bytes(self._control)
+        quads, cr = self._bank.quads, self._bank.cr_index
+        self._untrusted = quads[cr] & CR0_PG != 0 and quads[cr + 3] != self._trusted_root
+        self._flush()
 
     def _flush(self) -> None:
         self._none_in_flight()  # Unicorn itself may have faulted, looking for the blocks of a page
@@ -537,7 +545,7 @@ class UnicornEngine:
         """The patch that leads to lowered code, or ``patch`` itself, if it traps to a handler."""
         lowering = self._lowering
         if lowering is None:
-            if self._trusted is None or self._bank.bitness != 64:
+            if self._trusted is None or not self._has_rule(patch, rule):
                 return patch
             lowering = self._lowering = UnicornLowering(
                 self._bank, self.registers, self._physical, self._trusted, rule, self.traps,
@@ -545,6 +553,16 @@ class UnicornEngine:
             )  # fmt: skip
             lowering.give_out()
         return lowering.patch(patch)
+
+    def _has_rule(self, patch: Patch, rule: RuleOf) -> bool:
+        """Whether the trapped instruction may be lowered: until one is, nothing is made ready."""
+        if self._bank.bitness != 64:
+            return False
+        try:
+            insn = decode(patch.slot.host[patch.offset : patch.offset + MAX_LENGTH], 64)
+        except DecodeError:
+            return False
+        return rule(insn) is not None
 
     def _restore(self) -> None:
         patch, self._applied = self._applied, None
