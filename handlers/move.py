@@ -62,6 +62,9 @@ class Move(Handler):
     def lowering(self, insn: Insn) -> Rule | None:
         return rule_of(insn)
 
+    def on_host(self, insn: Insn) -> bool:
+        return True
+
 
 def _store(form: Form, source: memoryview) -> Action:
     guard, address, write = form.bind_guard(), form.bind_address(), form.cpu.write
@@ -144,6 +147,9 @@ class ZeroRegisters(Handler):
 
     def lowering(self, insn: Insn) -> Rule | None:
         return rule_of(insn)
+
+    def on_host(self, insn: Insn) -> bool:
+        return True
 
 
 ZEROING = [ZeroRegisters("vzeroupper", 16), ZeroRegisters("vzeroall", 0)]

@@ -102,6 +102,9 @@ class Operation(Handler):
     def lowering(self, insn: Insn) -> Rule | None:
         return rule_of(insn)
 
+    def on_host(self, insn: Insn) -> bool:
+        return True
+
     def _sources(self, form: Form) -> list[Place]:
         """The last operands; ``pblendvb`` and its like have XMM0 as one that is not spelled."""
         arity = len(self.signature.sources)

@@ -10,12 +10,14 @@ from guests.load import Kind, detect, load_elf, load_raw, read_file
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
 from sandbox.engine.allowlist import NEVER_RUN
+from sandbox.engine.host_operands import operands_of
 from sandbox.engine.misread import MISREAD
+from sandbox.engine.unicorn_lowering import NOP
 from sandbox.errors import SandboxError
 from sandbox.explain import explain, parse_hex, table
 from sandbox.fallback import Tier
 from sandbox.intercepts import Intercepts
-from sandbox.lowering import can_lower
+from sandbox.lowering import can_lower, lowering_of
 from sandbox.policy import operand_kind
 from sandbox.run import BITNESS, make_vm
 from sandbox.settings import Settings
@@ -68,8 +70,13 @@ def _lowers(vm: Vm) -> Callable[[Insn], bool]:
         found = settings.handlers.find(insn)
         if not found or insn.bitness != 64 or not settings.policy.lowering:
             return False
-        rule = found[0].lowering(insn)
-        return rule is not None and can_lower(insn.iced, rule, traps)
+        lowering = lowering_of(found[0], insn)
+        if lowering is None:
+            return False
+        on_host = lowering.on_host and operands_of(insn.iced, insn.raw) and not traps(NOP)
+        return bool(on_host) or (
+            lowering.rule is not None and can_lower(insn.iced, lowering.rule, traps)
+        )
 
     return lowers
 

@@ -87,6 +87,10 @@ class Handler:
         """How the fast path may do what ``bind`` would, if it may: see :mod:`sandbox.lowering`."""
         return None
 
+    def on_host(self, insn: Insn) -> bool:
+        """Whether ``bind`` does what every CPU does, so that the host's own may do it instead."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class BytePattern:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from iced_x86 import (
     Code,
@@ -30,6 +30,7 @@ from iced_x86 import (
     Instruction,
     InstructionInfoFactory,
     MemoryOperand,
+    MemorySizeExt,
     Mnemonic,
     OpKind,
     Register,
@@ -37,6 +38,9 @@ from iced_x86 import (
 )
 
 from sandbox.decode import Insn, decode
+
+if TYPE_CHECKING:
+    from sandbox.handler import Handler
 
 UPPER_OFFSET: Final = 0
 """Upper halves of YMM0-15, 16 bytes each, in the state page."""
@@ -46,6 +50,12 @@ COUNT_OFFSET: Final = 0x300
 """RAX while a run is counted."""
 SPILL_OFFSET: Final = 0x310
 """256 bytes for a rule to pass values through memory."""
+NEXT_OFFSET: Final = 0x410
+"""Where a host run has hidden code jump to."""
+EXECUTED_OFFSET: Final = 0x420
+"""1 from the end of a host run until its jump back, else 0."""
+BAILED_OFFSET: Final = 0x418
+"""Host address of the words of the host run that stopped the guest, or 0."""
 
 BEFORE: Final = -1
 FIRST_GPR: Final = 16
@@ -56,6 +66,21 @@ _RSP = FIRST_GPR + 4
 _LOW_2G = 1 << 31
 
 Rule: TypeAlias = Callable[["Emitter"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """How a trapped instruction may be done without its handler. ``on_host``: the host's own CPU
+    may do it, if it can."""
+
+    rule: Rule | None
+    on_host: bool = False
+
+
+def lowering_of(handler: Handler, insn: Insn) -> Lowering | None:
+    """How ``insn`` may be done without ``handler``, which emulates it."""
+    rule, on_host = handler.lowering(insn), handler.on_host(insn)
+    return Lowering(rule, on_host) if rule is not None or on_host else None
 
 
 class NotLoweredError(Exception):
@@ -324,6 +349,29 @@ class Emitter:
         self.emit(name, target, self._own(SAVED_OFFSET + 16 * register))
         del self._saved[register]
         self._first = first
+
+
+def spill_memory(e: Emitter) -> None:
+    """A rule that does nothing but copy the memory operand to :attr:`Emitter.spill`."""
+    size = MemorySizeExt.size(e.insn.memory_size)
+    if size in _SMALL:
+        t = int(Register.RAX) + e.scratch_gpr()
+        name = _SMALL[size]
+        e.emit(name, int(RegisterExt.full_register32(t)) if size < 8 else t, e.memory())  # type: ignore[arg-type]
+        e.emit(_STORE_GPR, e.spill, t)
+        return
+    x = e.scratch()
+    for offset in range(0, size, 16):
+        e.load(x, e.memory(offset))
+        e.store(e.spill_at(offset), x)
+
+
+_SMALL: Final = {
+    1: "MOVZX_R32_RM8",
+    2: "MOVZX_R32_RM16",
+    4: "MOV_R32_RM32",
+    8: "MOV_R64_RM64",
+}
 
 
 def can_lower(insn: Instruction, rule: Rule, traps: Callable[[Insn], bool]) -> bool:

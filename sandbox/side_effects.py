@@ -29,7 +29,7 @@ from typing import Final
 from sandbox.cpu import Fault
 from sandbox.decode import FORM_NAMES, MAX_LENGTH, Insn
 from sandbox.engine.protocol import Engine
-from sandbox.lowering import Rule
+from sandbox.lowering import Lowering, lowering_of
 from sandbox.memory import PAGE_SIZE, MmioRead
 from sandbox.policy import ALLOW, ASK, TRAP, operand_kind
 from sandbox.registers import CS
@@ -163,13 +163,13 @@ class SideEffects:
         count = self._settings.count_lowered
         self._engine.set_traps(bytes(marks), traps, lowered, count=count)
 
-    def _lowered(self, insn: Insn) -> Rule | None:
+    def _lowered(self, insn: Insn) -> Lowering | None:
         """How ``insn`` is lowered: as the handler says that would emulate it."""
         exact = self._settings.policy.alignment == "exact"
         if exact and insn.mnemonic in _VEX_ALIGNED and operand_kind(insn) == "memory":
             return None  # the sequences do not mind
         found = self._settings.handlers.find(insn)
-        return found[0].lowering(insn) if found else None
+        return lowering_of(found[0], insn) if found else None
 
     def _trap(self, marks: bytearray, forms: Iterable[int], every: bool) -> None:
         """Trap float forms: every one, or those that a handler takes."""

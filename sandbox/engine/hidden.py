@@ -12,7 +12,14 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
-from sandbox.lowering import FIRST_GPR, SAVED_OFFSET, UPPER_OFFSET
+from sandbox.lowering import (
+    BAILED_OFFSET,
+    EXECUTED_OFFSET,
+    FIRST_GPR,
+    NEXT_OFFSET,
+    SAVED_OFFSET,
+    UPPER_OFFSET,
+)
 from sandbox.memory import PAGE_SIZE, PhysicalMemory
 from sandbox.paging import AddressSpace
 from sandbox.registers import Registers
@@ -20,7 +27,15 @@ from sandbox.registers import Registers
 _CODE_BASE: Final = 0x48_0000_0000
 _DATA_BASE: Final = 0x49_0000_0000
 CODE_BYTES: Final = 4 << 20
+HOST_ENTRIES: Final = 1 << 16
+"""Places where a host run is called."""
+_HOST_ENTRY_BYTES: Final = 16
+PER_PAGE: Final = PAGE_SIZE // _HOST_ENTRY_BYTES
+"""The last of so many in each page is the way back."""
+_HOST_BYTES: Final = HOST_ENTRIES * _HOST_ENTRY_BYTES
 DATA_BYTES: Final = 1 << 18
+_JUMP_BYTES: Final = 5
+_CODE_LIMIT: Final = CODE_BYTES - _HOST_BYTES
 _LAST_2G: Final = (1 << 64) - (1 << 31)
 _YMM_COUNT: Final = 16
 
@@ -29,8 +44,8 @@ _YMM_COUNT: Final = 16
 class Place:
     """A hidden instruction, as the guest sees it."""
 
-    rip: int
-    """The guest's instruction it belongs to."""
+    rip: int | None
+    """The guest's instruction it belongs to; None: the jump back from a host run."""
     whole: bool
     """Whether the guest's state is that before its instruction."""
     saved: tuple[int, ...]
@@ -54,12 +69,15 @@ class HiddenMemory:
         self.end = self.linear + size
         self.state = self.linear + CODE_BYTES
         """Linear address of the state page."""
+        self.host_base = self.state - _HOST_BYTES
+        """Linear address of the code from which host runs are called: the end of the code."""
+        self.state_host = self._data.address
         space.map(self.linear, _CODE_BASE, CODE_BYTES, write=False, execute=True)
         space.map(self.state, _DATA_BASE, DATA_BYTES, write=True, execute=False)
         self.places: dict[int, Place] = {}
         """By linear address: each instruction there is."""
-        self._used = 0
-        self._counters = memoryview(self._data.host).cast("Q")
+        self._used = self._used_entries = 0
+        self._quads = self._counters = memoryview(self._data.host).cast("Q")
         self._next_counter = PAGE_SIZE // 8
         import numpy as np  # a guest without vector code need not wait for it
 
@@ -96,14 +114,67 @@ class HiddenMemory:
         """Linear address of ``size`` bytes for code in one page; None if all is used up."""
         if self._used % PAGE_SIZE + size > PAGE_SIZE:
             self._used = (self._used + PAGE_SIZE - 1) & -PAGE_SIZE
-        return self.linear + self._used if self._used + size <= CODE_BYTES else None
+        return self.linear + self._used if self._used + size <= _CODE_LIMIT else None
 
     def write(self, linear: int, code: bytes, places: dict[int, Place]) -> None:
         """Fill what :meth:`room` gave. The guest has not run it yet."""
+        self._put(linear, code)
+        self._used = (
+            linear - self.linear + len(code)
+        )  # unaligned: QEMU finds blocks by the low bits of their address
+        self.places.update(places)
+
+    def call_host(self) -> tuple[int, int] | None:
+        """Number and linear address of a new place to call a host run from; None without room.
+
+        There stands the address of the code, then the code: a jump to the end of the page, where
+        ``jmp [next]`` is.
+        """
+        number = self._used_entries
+        if number % PER_PAGE == PER_PAGE - 1:
+            number += 1
+        if number >= HOST_ENTRIES:
+            return None
+        self._used_entries = number + 1
+        linear = self.host_base + number * _HOST_ENTRY_BYTES
+        back = self.back_of(linear)
+        jump = b"\xe9" + (back - (linear + 8 + _JUMP_BYTES)).to_bytes(4, "little")
+        self._put(linear, (linear + 8).to_bytes(8, "little") + jump)
+        following = self.state + NEXT_OFFSET - (back + 6)
+        self._put(back, b"\xff\x25" + following.to_bytes(4, "little"))
+        return number, linear
+
+    @staticmethod
+    def back_of(linear: int) -> int:
+        """Address of the jump back from what a place in this page calls."""
+        return (linear | PAGE_SIZE - 1) + 1 - _HOST_ENTRY_BYTES + 8
+
+    def _put(self, linear: int, code: bytes) -> None:
         at = linear - self.linear
         self._code.host[at : at + len(code)] = code
-        self._used = at + len(code)  # unaligned: QEMU finds blocks by the low bits of their address
-        self.places.update(places)
+
+    @property
+    def next(self) -> int:
+        """Where the last host run had hidden code jump to."""
+        return self._quads[NEXT_OFFSET // 8]
+
+    @property
+    def executed(self) -> bool:
+        """Whether a host run has been called and not been returned from."""
+        return self._quads[EXECUTED_OFFSET // 8] != 0
+
+    @executed.setter
+    def executed(self, value: bool) -> None:
+        self._quads[EXECUTED_OFFSET // 8] = value
+
+    @property
+    def bailed(self) -> int:
+        """Host address of the words of the host run that stopped the guest, or 0."""
+        return self._quads[BAILED_OFFSET // 8]
+
+    @bailed.setter
+    def bailed(self, value: int) -> None:
+        self._quads[BAILED_OFFSET // 8] = value
 
     def free_counter(self) -> int:
         """Linear address of the next counter of 8 bytes; they last for all runs that fit."""
@@ -120,6 +191,6 @@ class HiddenMemory:
 
     def clear(self) -> None:
         """Forget all code and counters; the engine must have forgotten its blocks."""
-        self._used = 0
+        self._used = self._used_entries = 0
         self._next_counter = PAGE_SIZE // 8
         self.places.clear()

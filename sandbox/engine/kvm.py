@@ -35,7 +35,7 @@ from sandbox.engine.kvm_trampoline import Trampoline
 from sandbox.engine.protocol import Stop
 from sandbox.errors import EngineError
 from sandbox.exits import EmulationFailure, Exit, Hlt, RunPage, read_exit
-from sandbox.lowering import Rule
+from sandbox.lowering import Lowering
 from sandbox.memory import PhysicalMemory, Slot
 from sandbox.paging import CR0_PG, AddressSpace, PagedMemory, Walker
 
@@ -307,7 +307,7 @@ class KvmEngine:
         self,
         traps: bytes,
         traps_insn: Callable[[Insn], bool] | None = None,
-        lowered: Callable[[Insn], Rule | None] | None = None,
+        lowered: Callable[[Insn], Lowering | None] | None = None,
         *,
         count: bool = False,
     ) -> None:

@@ -27,9 +27,21 @@ from iced_x86 import (
 )
 
 from sandbox.decode import MAX_LENGTH as _MAX_LENGTH
-from sandbox.decode import Insn, decode
+from sandbox.decode import MNEMONIC_NAMES, Insn, decode
 from sandbox.engine.hidden import HiddenMemory, Place
-from sandbox.lowering import BEFORE, Emitter, NotLoweredError, Rule, Step, signed
+from sandbox.engine.host_builder import Bail, HostBuilder
+from sandbox.engine.host_operands import operands_of
+from sandbox.engine.host_run import HostInsn
+from sandbox.lowering import (
+    BEFORE,
+    Emitter,
+    Lowering,
+    NotLoweredError,
+    Rule,
+    Step,
+    signed,
+    spill_memory,
+)
 
 MAX_STRETCH: Final = 8
 """So many allowed instructions between two lowered ones are worth a copy."""
@@ -44,6 +56,8 @@ _X87: Final = frozenset(
 _NOP: Final = bytes.fromhex("660f1f840000000000")
 _JUMP: Final = bytes.fromhex("ff2425")  # jmp qword ptr [disp32]
 _SITE_BYTES: Final = 7
+_POINTERS: Final = 16
+"""Bytes of the addresses before the code of a run."""
 _IDLE_PREFIX: Final = b"\x3e"  # DS, which a jump in 64-bit mode does not heed
 _SHORT_NOPS: Final = (b"", b"\x90", b"\x66\x90", *(
     bytes.fromhex(text)
@@ -67,6 +81,8 @@ class Run:
     """Of the lowered instructions."""
     counter: int
     """Where it is counted how often the run began; 0 if it is not."""
+    bails: tuple[Bail, ...] = ()
+    """The ways out of a host run."""
 
 
 @dataclass(slots=True)
@@ -87,22 +103,31 @@ class _Found:
         ]
 
 
+def _found_for_host(insns: list[HostInsn]) -> _Found:
+    starts = [item.insn.ip for item in insns]
+    names = [MNEMONIC_NAMES[item.insn.mnemonic] for item in insns]
+    return _Found([*starts, insns[-1].insn.next_ip], [*enumerate(names)])
+
+
 class RunBuilder:
     """Makes runs, once for the same code at the same address.
 
     ``rule``: how a trapped instruction is lowered, if it is; ``traps``: whether an instruction is;
+    ``host``: what makes host runs, where the host can do them;
     ``counted``: whether executions are counted, which costs as much as one or two instructions.
     """
 
     def __init__(
         self,
         hidden: HiddenMemory,
-        rule: Callable[[Insn], Rule | None],
+        rule: Callable[[Insn], Lowering | None],
         traps: Callable[[Insn], bool],
         *,
         counted: bool,
+        host: HostBuilder | None = None,
     ) -> None:
         self._hidden = hidden
+        self._host = host
         self._rule = rule
         self._traps = traps
         self._runs: dict[tuple[int, bytes], Run] = {}
@@ -118,11 +143,15 @@ class RunBuilder:
 
     def build(self, linear: int, code: bytes) -> Run | None:
         """The run that begins at ``linear``, where ``code`` stands up to the end of the page."""
-        emitter = Emitter(self._hidden.state)
         counter = self._hidden.free_counter() if self._counted else 0
-        if counter:
-            emitter.count(counter)
-        found = self._collect(emitter, linear, code)
+        insns = self._host.collect(linear, code) if self._host else []
+        emitter = Emitter(self._hidden.state)
+        if insns:
+            found = _found_for_host(insns)
+        else:
+            if counter:
+                emitter.count(counter)
+            found = self._collect(emitter, linear, code)
         if not found.lowered:
             return None
         size = found.starts[-1] - linear
@@ -131,17 +160,74 @@ class RunBuilder:
         key = linear, code[:size]
         run = self._runs.get(key)
         if run is None:
-            emitter.finish()
             room = self._room_for_jump(found.starts)
-            pointer = None if room is None else self._write(emitter.steps, found)
-            if room is None or pointer is None:
+            if room is None:
+                return None
+            bails: tuple[Bail, ...] = ()
+            if insns:
+                pointer, bails = self._write_for_host(insns, found, counter)
+            else:
+                emitter.finish()
+                pointer = self._write(emitter.steps, found, found.starts[-1])
+            if pointer is None:
                 return None
             if room[0]:
                 self.jumps[linear + room[0]] = key
             if counter:
                 self._hidden.take_counter()
-            run = self._runs[key] = Run(size, *_patch(*room, pointer), found.left[0], counter)
+            left = found.left[0]
+            run = self._runs[key] = Run(size, *_patch(*room, pointer), left, counter, bails)
         return run
+
+    def is_for_host(self, insn: Insn) -> bool:
+        """Whether the host does a trapped instruction."""
+        return self._host is not None and self._host.accepts(insn)
+
+    def instead(self, linear: int, code: bytes, *, unmasked: bool) -> int | None:
+        """The entry of hidden code that does the instruction at ``linear`` of a host run; None if
+        there is no such code. ``unmasked``: whether MXCSR has exceptions that are not masked."""
+        insn = Decoder(64, code, ip=linear).decode()
+        raw = decode(code[: insn.len], 64)
+        operands = operands_of(insn, raw.raw)
+        if unmasked and (operands is None or operands.uses_mxcsr):
+            return None
+        lowering, emitter = self._rule(raw), Emitter(self._hidden.state)
+        found = _Found([linear, linear + insn.len], [(0, raw.mnemonic)])
+        following: int | None = found.starts[-1]
+        if lowering is None or lowering.rule is None or not self._lower(emitter, insn, raw):
+            emitter = Emitter(self._hidden.state)
+            following = self._spill(emitter, insn, raw)
+        if following is None:
+            return None
+        emitter.finish()
+        pointer = self._write(emitter.steps, found, following)
+        return None if pointer is None else pointer + _POINTERS
+
+    def go_on(self, words: int, entry: int) -> None:
+        """From now on the host run whose way out has its words at the host address ``words`` goes
+        on at ``entry`` by itself; the guest will do so this time."""
+        assert self._host is not None
+        memory = self._host.memory
+        index = (words - memory.words_address) // 8
+        memory.words[index] = entry
+        memory.words[index + 3] += 1
+
+    def _spill(self, emitter: Emitter, insn: Instruction, raw: Insn) -> int | None:
+        """Copy the memory operand to the state page; where the host goes on with it."""
+        operands = operands_of(insn, raw.raw)
+        if self._host is None or not operands or not operands.memory or operands.memory.written:
+            return None
+        if not self._emit(emitter, insn, spill_memory):
+            return None
+        return self._host.spilled(HostInsn(insn, operands))
+
+    def _write_for_host(
+        self, insns: list[HostInsn], found: _Found, counter: int
+    ) -> tuple[int | None, tuple[Bail, ...]]:
+        assert self._host is not None
+        made = self._host.write(insns, found.starts[-1], counter)
+        self.full = self.full or made is None
+        return made or (None, ())
 
     def _room_for_jump(self, starts: Sequence[int]) -> tuple[int, int] | None:
         """Offset of the jump in the patch, and how many idle prefixes it has.
@@ -172,6 +258,13 @@ class RunBuilder:
         if run.counter:
             times = self._hidden.count(run.counter)
             total.update({name: n * times for name, n in Counter(run.mnemonics).items()})
+        for bail in run.bails if run.counter else ():
+            assert self._host is not None
+            _onward, _rip, times, done = self._host.memory.words[bail.words : bail.words + 4]
+            total.subtract(
+                {name: n * times for name, n in Counter(run.mnemonics[bail.number :]).items()}
+            )
+            total[run.mnemonics[bail.number]] += done
 
     def leave(self, place: Place) -> None:
         """The guest goes on elsewhere, before it has run all that was counted."""
@@ -185,6 +278,8 @@ class RunBuilder:
         self._runs.clear()
         self.jumps.clear()
         self._hidden.clear()
+        if self._host is not None:
+            self._host.memory.clear()
         self.full = False
 
     # -- which instructions ---------------------------------------------------------------------
@@ -220,9 +315,12 @@ class RunBuilder:
         return found
 
     def _lower(self, emitter: Emitter, insn: Instruction, raw: Insn) -> bool:
-        rule = self._rule(raw)
-        if rule is None:
+        lowering = self._rule(raw)
+        if lowering is None or lowering.rule is None:
             return False
+        return self._emit(emitter, insn, lowering.rule)
+
+    def _emit(self, emitter: Emitter, insn: Instruction, rule: Rule) -> bool:
         before = len(emitter.steps)
         try:
             emitter.lower(insn, rule)
@@ -263,8 +361,9 @@ class RunBuilder:
 
     # -- the hidden code ------------------------------------------------------------------------
 
-    def _write(self, steps: Sequence[Step], found: _Found) -> int | None:
-        """Write the code of a run; where the address of its entry stands.
+    def _write(self, steps: Sequence[Step], found: _Found, following: int) -> int | None:
+        """Write the code of a run that goes on at ``following``; where the address of its entry
+        stands.
 
         First come the addresses of the entry and of what follows the run, then the code.
         """
@@ -272,14 +371,14 @@ class RunBuilder:
         if base is None:
             self.full = True
             return None
-        entry = at = base + 16
+        entry = at = base + _POINTERS
         code = b""
         places: dict[int, Place] = {}
         starts, left = found.starts, found.left
         back = Instruction.create_mem(
             Code.JMP_RM64, MemoryOperand(Register.RIP, displ=signed(base + 8), displ_size=8)
         )
-        last = Step(back, len(starts) - 1, True, (), False)
+        last = Step(back, starts.index(following) if following in starts else 0, True, (), False)
         for step in (*steps, last):
             try:
                 encoded = self._encode(step.instruction, at)
@@ -291,7 +390,7 @@ class RunBuilder:
             at += len(encoded)
         if at - base > _MAX_CODE:
             return None
-        pointers = entry.to_bytes(8, "little") + starts[-1].to_bytes(8, "little")
+        pointers = entry.to_bytes(8, "little") + following.to_bytes(8, "little")
         self._hidden.write(base, pointers + code, places)
         return base
 

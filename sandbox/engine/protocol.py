@@ -9,7 +9,7 @@ from typing import Protocol
 
 from sandbox.decode import Insn
 from sandbox.exits import Exit, RunPage
-from sandbox.lowering import Rule
+from sandbox.lowering import Lowering
 from sandbox.paging import AddressSpace, PagedMemory
 from sandbox.registers import Bank, Registers
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
         self,
         traps: bytes,
         traps_insn: Callable[[Insn], bool] | None = None,
-        lowered: Callable[[Insn], Rule | None] | None = None,
+        lowered: Callable[[Insn], Lowering | None] | None = None,
         *,
         count: bool = False,
     ) -> None:

@@ -244,9 +244,14 @@ class UnicornEngine:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        place = self._lowering and self._lowering.place(self.registers.rip)
-        if place:
-            return self._surface(place, error)
+        lowering = self._lowering
+        if lowering is not None:
+            done = lowering.bailed(self.memory)
+            if done is not None:
+                return None if done else Stop.INSN
+            place = lowering.place(self.registers.rip)
+            if place:
+                return self._surface(place, error)
         if self._exception >= 0:
             self.vector, self._exception = self._exception, -1
             stop = self._excepted()
@@ -432,9 +437,8 @@ class UnicornEngine:
         self._library.flush_blocks(self._handle)
 
     def lowers(self, insn: Insn) -> bool:
-        if self._lowering is None or self._rule is None:
-            return False
-        return self._lowering.may_lower() and self._rule(insn) is not None
+        lowering = self._lowering if self._rule is not None else None
+        return lowering is not None and lowering.lowers(insn)
 
     def lowered(self) -> tuple[Counter[str], Counter[str]]:
         runs = self._lowering and self._lowering.runs
@@ -473,7 +477,7 @@ class UnicornEngine:
                 return
             lowering = self._lowering
             if lowering is not None and lowering.holds(block.pc):
-                if lowering.place(block.pc) is None:
+                if block.pc not in lowering.hidden.places:
                     self._strayed = block.pc, block.size
                     self._library.free.uc_emu_stop(self._handle)
                 return

@@ -60,7 +60,7 @@ class Layout:
     old_exception: int
 
 
-class _Prober:
+class Prober:
     """A scratch engine and the reading of its memory without risk of a crash."""
 
     def __init__(self, lib: Library) -> None:
@@ -143,7 +143,7 @@ def _quads(*values: int) -> tuple[bytes, ...]:
     return tuple(struct.pack("<Q", value) for value in values)
 
 
-def _find_segments(probe: _Prober) -> int:
+def _find_segments(probe: Prober) -> int:
     """Offset of the segment caches, by the bases of FS and GS and the tables after them."""
     low, high = _quads(0x1122_3344_5566, 0x2233_4455_6677)
     fs = probe.find("FS.base", x86.UC_X86_REG_FS_BASE, low, high)
@@ -158,7 +158,7 @@ def _find_segments(probe: _Prober) -> int:
     return start
 
 
-def _find_vectors(probe: _Prober) -> int:
+def _find_vectors(probe: Prober) -> int:
     places = []
     for number in range(32):
         first, second = random.randbytes(64), random.randbytes(64)
@@ -168,7 +168,7 @@ def _find_vectors(probe: _Prober) -> int:
     return places[0]
 
 
-def _find_efer(probe: _Prober) -> int:
+def _find_efer(probe: Prober) -> int:
     """EFER is written by MSR number; SCE and NXE are the bits that may change."""
 
     def put(value: int) -> bytes:
@@ -184,12 +184,12 @@ def _find_efer(probe: _Prober) -> int:
     return places.pop()
 
 
-class _Guest:
+class Guest:
     """Runs scraps of code that end in an exception."""
 
     ADDRESS = 0x1000
 
-    def __init__(self, probe: _Prober) -> None:
+    def __init__(self, probe: Prober) -> None:
         self._probe = probe
         self._page = ctypes.create_string_buffer(2 * PAGE_SIZE)
         self._at = (ctypes.addressof(self._page) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
@@ -205,6 +205,10 @@ class _Guest:
         )
         check(error, "uc_hook_add")
 
+    def settle(self) -> None:
+        """Have no exception in flight any more."""
+        ctypes.c_int32.from_address(self._probe.state_at + layout().old_exception).value = -1
+
     def run(self, code: str) -> tuple[int, ...]:
         """The state after ``code`` (hex), as signed 32-bit words."""
         probe = self._probe
@@ -219,7 +223,7 @@ class _Guest:
         return struct.unpack(f"<{STATE_BYTES // 4}i", probe.state())
 
 
-def _find_rflags(probe: _Prober, guest: _Guest, at: int, old_exception: int) -> int:
+def _find_rflags(probe: Prober, guest: Guest, at: int, old_exception: int) -> int:
     """RFLAGS: right when the guest has stopped, and taken in when it starts again.
 
     It is expected at offset ``at``; what three guests leave there shows that it is.
@@ -238,7 +242,7 @@ def _find_rflags(probe: _Prober, guest: _Guest, at: int, old_exception: int) -> 
     return at
 
 
-def _find_exception(probe: _Prober, guest: _Guest) -> tuple[int, int]:
+def _find_exception(probe: Prober, guest: Guest) -> tuple[int, int]:
     """Offsets of ``error_code`` and ``old_exception``, by guests that fault in known ways.
 
     A selector beyond the GDT's limit is a #GP with the selector as its error code.
@@ -264,9 +268,9 @@ def _find_exception(probe: _Prober, guest: _Guest) -> tuple[int, int]:
     return 4 * codes.pop(), old
 
 
-def _find_state(probe: _Prober) -> tuple[int, int]:
+def _find_state(probe: Prober) -> tuple[int, int]:
     """The pointer that leads to the state in every engine, not by chance of the heap in one."""
-    other = _Prober(probe.lib)
+    other = Prober(probe.lib)
     try:
         places = probe.candidates() & other.candidates()
     finally:
@@ -279,7 +283,7 @@ def _find_state(probe: _Prober) -> tuple[int, int]:
 
 
 def _discover() -> Layout:
-    probe = _Prober(library())
+    probe = Prober(library())
     try:
         cpu, state = _find_state(probe)
         low, high = _quads(0x1122_3344_5566, 0x2233_4455_6677)
@@ -296,7 +300,7 @@ def _discover() -> Layout:
         vectors = _find_vectors(probe)
         efer = _find_efer(probe)
         probe.write(x86.UC_X86_REG_CR3, bytes(8))
-        guest = _Guest(probe)
+        guest = Guest(probe)
         error_code, old_exception = _find_exception(probe, guest)
         rflags = _find_rflags(probe, guest, rip + 8, old_exception)
     finally:

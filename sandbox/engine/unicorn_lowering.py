@@ -7,23 +7,28 @@ from contextlib import suppress
 from typing import Final, TypeAlias
 
 from sandbox.cpu import Fault
-from sandbox.decode import Insn
+from sandbox.decode import MAX_LENGTH, Insn, decode
 from sandbox.engine.allowlist import Patch
 from sandbox.engine.hidden import HiddenMemory, Place
+from sandbox.engine.host_builder import HostBuilder
 from sandbox.engine.lowered_run import RunBuilder
 from sandbox.engine.unicorn_state import UnicornBank
-from sandbox.lowering import Rule
+from sandbox.lowering import Lowering
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory
 from sandbox.paging import AddressSpace, PagedMemory
 from sandbox.registers import TF, Registers
 
 CR0_EM = 1 << 2
+MASKS: Final = 0x1F80
+"""All exceptions masked, in MXCSR."""
 CR4_OSFXSR, CR4_OSXSAVE, CR4_SMEP, CR4_SMAP = 1 << 9, 1 << 18, 1 << 20, 1 << 21
 XCR0_AVX_STATE, XCR0_AVX512_STATE = 0b110, 0xE0
 MAX_BLOCK: Final = 400
 """Instructions in a block: one that is longer may be cut by the padding of a patch."""
 
-RuleOf: TypeAlias = Callable[[Insn], Rule | None]
+NOP: Final = decode(b"\x90", 64)
+
+RuleOf: TypeAlias = Callable[[Insn], Lowering | None]
 
 
 class UnicornLowering:
@@ -45,15 +50,26 @@ class UnicornLowering:
         counted: bool,
     ) -> None:
         self._bank = bank
+        self._rule = rule
+        self._traps = traps
         self._registers = registers
         self._root = space.root
         self.hidden = HiddenMemory(physical, space, registers)
-        self.runs = RunBuilder(self.hidden, rule, traps, counted=counted)
+        host = self._host_code = HostBuilder.make(bank.handle, self.hidden, self._is_for_host)
+        self.runs = RunBuilder(self.hidden, rule, traps, counted=counted, host=host)
         self._refused: set[int] = set()
         self._seen = (0, 0, 0, 0)
         self._valid = False
         self.taken_in = True
         """Whether the registers hold the upper halves, not hidden memory."""
+
+    def _is_for_host(self, insn: Insn) -> bool:
+        """Whether a trapped instruction may be done by the host: a policy that traps even a NOP
+        wants everything to go to the handlers."""
+        if not self._traps(insn) or self._traps(NOP):
+            return False
+        lowering = self._rule(insn)
+        return lowering is not None and lowering.on_host
 
     @property
     def is_full(self) -> bool:
@@ -130,7 +146,39 @@ class UnicornLowering:
 
     def place(self, linear: int) -> Place | None:
         """What the guest is doing, if it stopped at ``linear`` in hidden code."""
-        return self.hidden.places.get(linear) if self.holds(linear) else None
+        place = self.hidden.places.get(linear) if self.holds(linear) else None
+        if place is not None and (place.rip is None or self.hidden.executed):
+            self.hidden.executed = False
+            then = self.hidden.next
+            place = self.hidden.places.get(then) or Place(then, True, (), False, ())
+        return place
+
+    def lowers(self, insn: Insn) -> bool:
+        """Whether a trapped instruction is done without its handler."""
+        lowering = self._rule(insn)
+        if lowering is None or not self.may_lower():
+            return False
+        return lowering.rule is not None or self.runs.is_for_host(insn)
+
+    def bailed(self, memory: PagedMemory) -> bool | None:
+        """Whether a host run has stopped the guest: None if not, False if the instruction at RIP is
+        for its handler, True if hidden code does it, to which the guest has been sent."""
+        if not self._host_code:
+            return None
+        address, self.hidden.bailed = self.hidden.bailed, 0
+        if not address:
+            return None
+        self.hidden.executed = False
+        self._registers.rip = self.hidden.next
+        rip = self._registers.rip
+        with suppress(Fault, MmioRead):
+            code = memory.fetch(rip, min(MAX_LENGTH, PAGE_SIZE - rip % PAGE_SIZE))
+            entry = self.runs.instead(rip, code, unmasked=self._registers.mxcsr & MASKS != MASKS)
+            if entry is not None:
+                self.runs.go_on(address, entry)
+                self._registers.rip = entry
+                return True
+        return False
 
     def leave_patch(self, memory: PagedMemory) -> None:
         """The guest has stopped: if at the jump in a patch, it has not begun what the run does.
@@ -148,4 +196,5 @@ class UnicornLowering:
         """Let the guest be where it thinks it is."""
         self.hidden.restore(place)
         self.runs.leave(place)
+        assert place.rip is not None
         self._registers.rip = place.rip

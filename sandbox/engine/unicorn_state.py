@@ -154,6 +154,10 @@ class UnicornBank:
         self._show(registers)
 
     @property
+    def handle(self) -> ctypes.c_void_p:
+        return self._handle
+
+    @property
     def cpl(self) -> int:
         return self.words[self.hflags_index] & HF_CPL
 
