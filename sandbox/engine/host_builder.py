@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import replace
+from typing import Final, TypeAlias
 
 from iced_x86 import Decoder, Instruction
 
 from sandbox.decode import Insn, decode
 from sandbox.engine.hidden import HiddenMemory, Place
-from sandbox.engine.host_operands import host_features, operands_of
-from sandbox.engine.host_run import MAX_INSNS, HostInsn, HostMemory, HostRun, Where
+from sandbox.engine.host_operands import (
+    Flags,
+    host_features,
+    operands_on_the_way,
+    vector_operands,
+)
+from sandbox.engine.host_run import (
+    MAX_INSNS,
+    HostInsn,
+    HostMemory,
+    HostRun,
+    WayOut,
+    Where,
+    is_zeroing,
+)
 from sandbox.engine.unicorn_layout import layout, state_address
 from sandbox.engine.unicorn_library import UC_HOOK_CODE, library
 from sandbox.engine.unicorn_tlb import tlb_layout
 
+Asks: TypeAlias = Callable[[Insn], bool]
+
+MAX_ON_THE_WAY: Final = 8
+"""So many instructions behind a vector instruction are worth it, if there is another, or a jump."""
+_POINTER_BYTES: Final = 8
 _NEEDED: Final = frozenset(("avx", "avx2"))
 
 
-@dataclass(frozen=True, slots=True)
-class Bail:
-    """A way out of a host run: the index of its words, the number of its instruction."""
-
-    words: int
-    number: int
-
-
 class HostBuilder:
-    """Makes the host runs of one engine. ``wanted``: whether a trapped instruction may be done by
-    the host."""
+    """Makes the host runs of one engine. ``traps``: whether an instruction is trapped;
+    ``wanted``: whether one that is may be done by the host."""
 
     def __init__(
-        self, handle: ctypes.c_void_p, hidden: HiddenMemory, where: Where,
-        wanted: Callable[[Insn], bool],
+        self, handle: ctypes.c_void_p, hidden: HiddenMemory, where: Where, traps: Asks,
+        wanted: Asks,
     ) -> None:  # fmt: skip
         self._hidden = hidden
         self._where = where
+        self._traps = traps
         self._wanted = wanted
+        self.bails: dict[int, tuple[HostRun, int]] = {}
+        """By index of words: the run, and the number of the instruction."""
         self.memory = HostMemory(where, hidden)
         lib, hook = library(), ctypes.c_size_t()
         error = lib.call.uc_hook_add(
@@ -50,7 +63,7 @@ class HostBuilder:
 
     @staticmethod
     def make(
-        handle: ctypes.c_void_p, hidden: HiddenMemory, wanted: Callable[[Insn], bool]
+        handle: ctypes.c_void_p, hidden: HiddenMemory, traps: Asks, wanted: Asks
     ) -> HostBuilder | None:
         """None where the host's CPU cannot be used: another one, or another Unicorn."""
         if not host_features() >= _NEEDED:
@@ -60,7 +73,7 @@ class HostBuilder:
             return None
         stop = ctypes.cast(library().call.uc_emu_stop, ctypes.c_void_p).value or 0
         where = Where(layout(), tlb, state_address(handle), handle.value or 0, stop)
-        return HostBuilder(handle, hidden, where, wanted)
+        return HostBuilder(handle, hidden, where, traps, wanted)
 
     @property
     def is_full(self) -> bool:
@@ -69,46 +82,101 @@ class HostBuilder:
 
     def accepts(self, insn: Insn) -> bool:
         """Whether the host does a trapped instruction."""
-        return self._item(insn.iced, insn) is not None
+        return self._wanted(insn) and vector_operands(insn.iced, insn.raw) is not None
 
     def collect(self, linear: int, code: bytes) -> list[HostInsn]:
         """The instructions from the beginning of ``code`` on that one host run can do."""
         found: list[HostInsn] = []
         decoder = Decoder(64, code, ip=linear)
+        has_flags = False
         while len(found) < MAX_INSNS and decoder.can_decode:
             at = decoder.position
             insn = decoder.decode()
-            raw = decode(code[at : decoder.position], 64) if not insn.is_invalid else None
-            item = raw and self._item(insn, raw)
-            if not item:
+            if insn.is_invalid:
                 break
+            item = self._item(insn, decode(code[at : decoder.position], 64))
+            if item is None or (item.operands.flags is Flags.USED and not has_flags):
+                break
+            has_flags = _keeps_flags(item) and (has_flags or item.operands.flags is Flags.SET)
             found.append(item)
-        return found
+            if item.operands.is_jump or len(found) - _end(found) > MAX_ON_THE_WAY:
+                break
+        return found[: _end(found)]
 
     def _item(self, insn: Instruction, raw: Insn) -> HostInsn | None:
-        operands = operands_of(insn, raw.raw)
-        return HostInsn(insn, operands) if operands and self._wanted(raw) else None
+        if self._traps(raw):
+            operands = vector_operands(insn, raw.raw) if self._wanted(raw) else None
+            return HostInsn(insn, operands, raw, lowered=True) if operands else None
+        operands = operands_on_the_way(insn, raw.raw)
+        return HostInsn(insn, operands, raw, lowered=False) if operands else None
 
     def write(
-        self, insns: list[HostInsn], following: int, counter: int
-    ) -> tuple[int, tuple[Bail, ...]] | None:
+        self, insns: list[HostInsn], counter: int, following: int = 0
+    ) -> tuple[int, list[WayOut]] | None:
         """Write the run, and the hidden code that it is called from: where the address of that
-        stands, and the ways out. None without room."""
-        there = None if self.is_full else self._hidden.call_host()
+        stands, and the ways out. None without room. ``following``: where to go on, if not at what
+        follows in the guest."""
+        offset = counter and counter - self._hidden.state
+        run = HostRun(self.memory, self._where, insns, offset)
+        there = None if self.is_full else self._call(insns[0], ())
         if there is None:
             return None
         number, pointer = there
-        run = HostRun(self.memory, self._where, insns)
-        self.memory.write(number, run.assemble(following, counter and counter - self._hidden.state))
-        first = insns[0].insn.ip
-        entry = pointer + 8
-        self._hidden.places[entry] = Place(first, True, (), True, ())
-        self._hidden.places[self._hidden.back_of(entry)] = Place(None, True, (), False, ())
-        return pointer, tuple(Bail(words, at) for words, at in sorted(set(run.bails)))
+        run.at = self.memory.write(number, run.assemble(following))
+        for way in run.ways_out:
+            if way.bails:
+                self.bails[way.words] = run, way.number
+        return pointer, run.ways_out
 
-    def spilled(self, item: HostInsn) -> int | None:
-        """The entry of a run of one instruction whose operand has been copied to the state page."""
-        insn = item.insn
-        alone = [HostInsn(insn, item.operands, spilled=True)]
-        made = self.write(alone, insn.ip + insn.len, 0)
-        return None if made is None else made[0] + 8
+    def _call(self, item: HostInsn, left: tuple[str, ...]) -> tuple[int, int] | None:
+        """Hidden code that calls the host before ``item``; its number and where its address is."""
+        there = self._hidden.call_host()
+        if there is not None:
+            entry = there[1] + _POINTER_BYTES
+            back = self._hidden.back_of(entry)
+            self._hidden.places[entry] = Place(item.insn.ip, True, (), item.lowered, left)
+            self._hidden.places[back] = Place(None, True, (), False, ())
+        return there
+
+    def reenter(self, run: HostRun, number: int, left: tuple[str, ...]) -> int | None:
+        """The entry of hidden code that goes on with an instruction of ``run``, if there is one;
+        ``left``: the mnemonics of what is lowered from there on."""
+        if number == len(run.insns) or self.is_full:
+            return None
+        code = run.reenter(number)
+        there = None if code is None else self._call(run.insns[number], left)
+        if code is None or there is None:
+            return None
+        self.memory.write(there[0], code)
+        return there[1] + _POINTER_BYTES
+
+    def clear(self) -> None:
+        """Forget all runs; see :meth:`HostMemory.clear`."""
+        self.memory.clear()
+        self.bails.clear()
+
+    def spilled(self, item: HostInsn, following: int) -> int | None:
+        """The entry of a run of one instruction that reads its memory operand from the state page,
+        and goes on at ``following``; None without room, or if it does not read one."""
+        memory = item.operands.memory
+        if memory is None or memory.written:
+            return None
+        made = self.write([replace(item, spilled=True)], 0, following)
+        return None if made is None else made[0] + _POINTER_BYTES
+
+
+def _end(found: list[HostInsn]) -> int:
+    """How many are worth it: up to the last vector instruction, and a jump not far behind it."""
+    last = max((at for at, item in enumerate(found) if item.lowered), default=-1)
+    for at, item in enumerate(found[last + 1 :], last + 1):
+        if item.operands.is_jump or item.operands.condition:
+            return at + 1 if last >= 0 else 0
+    return last + 1
+
+
+def _keeps_flags(item: HostInsn) -> bool:
+    """Whether the host's flags are still what they were before: looking for memory changes them."""
+    if item.operands.flags is Flags.SET:
+        return True
+    memory = item.operands.memory
+    return not (memory and memory.size) and not is_zeroing(item)

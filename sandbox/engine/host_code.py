@@ -4,7 +4,7 @@ System V calling convention, registers that a callee may change, no stack but th
 
     RDX  Unicorn's CPU state          R8   the TLB of the current CPL
     R9   the state page               RSI  address of a memory operand
-    R10  a general register operand   RAX, RCX, RDI  scratch
+    R10, R11, RCX  general registers  RAX, RCX, RDI  scratch
 
 Functions return the encoded instructions. Vector registers keep the guest's numbers.
 """
@@ -12,6 +12,7 @@ Functions return the encoded instructions. Vector registers keep the guest's num
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import Final
 
 from sandbox.engine.unicorn_tlb import FAST_BYTES, SUPERVISOR, TlbLayout
@@ -19,8 +20,12 @@ from sandbox.engine.unicorn_tlb import FAST_BYTES, SUPERVISOR, TlbLayout
 PAGE_OFFSET_BITS: Final = 12
 RETURN: Final = b"\xc3"
 ZERO_UPPERS: Final = bytes.fromhex("c5f877")  # vzeroupper
-_HOST_MXCSR, _GUEST_MXCSR = -8, -4
-"""Offsets from RSP, in the red zone."""
+_HOST_MXCSR, _GUEST_MXCSR, _ROUNDS = -16, -12, -24
+"""Offsets from RSP, in the red zone, below what PUSHFQ writes."""
+_STATUS_FLAGS: Final = 0x8D5
+_CC_OP_EFLAGS: Final = 1
+"""QEMU's name for "the flags are what ``cc_src`` says"."""
+_HFLAGS_TS: Final = 1 << 11
 _MASKS: Final = 0x1F80
 _DEFINED_MXCSR: Final = 0xFFFF
 
@@ -41,40 +46,45 @@ def set_rcx(value: int) -> bytes:
     return b"\x48\xb9" + _u64(value)
 
 
+@cache
 def load_state(register: str, offset: int) -> bytes:
-    """A register from 8 bytes of the CPU state: RSI, RDI, RAX or R10."""
-    return _FROM_STATE[register] + _i32(offset)
+    """A register from 8 bytes of the CPU state. Flags stay."""
+    return bytes((_REX[register], 0x8B, _MODRM[register])) + _i32(offset)
 
 
+@cache
 def store_state(register: str, offset: int) -> bytes:
-    """RAX or R10 to 8 bytes of the CPU state."""
-    return _TO_STATE[register] + _i32(offset)
+    """A register to 8 bytes of the CPU state. Flags stay."""
+    return bytes((_REX[register], 0x89, _MODRM[register])) + _i32(offset)
 
 
-_FROM_STATE = {
-    "rsi": b"\x48\x8b\xb2", "rdi": b"\x48\x8b\xba", "rax": b"\x48\x8b\x82", "r10": b"\x4c\x8b\x92",
-}  # fmt: skip
-_TO_STATE = {"rax": b"\x48\x89\x82", "r10": b"\x4c\x89\x92"}
+_NUMBERS = {"rax": 0, "rcx": 1, "rsi": 6, "rdi": 7, "r10": 10, "r11": 11}
+_REX = {name: 0x48 | (number & 8) >> 1 for name, number in _NUMBERS.items()}
+_MODRM = {name: 0x82 | (number & 7) << 3 for name, number in _NUMBERS.items()}  # [rdx + disp32]
 
 
 # -- vector registers: the low half in the CPU state, the upper half in the state page ---------
 
 
+@cache
 def load_low(n: int, offset: int) -> bytes:
     """VMOVDQU xmm, [rdx + offset]; the upper half becomes 0."""
     return bytes((0xC5, 0xFA if n < 8 else 0x7A, 0x6F, 0x82 | (n & 7) << 3)) + _i32(offset)
 
 
+@cache
 def store_low(n: int, offset: int) -> bytes:
     """VMOVDQU [rdx + offset], xmm."""
     return bytes((0xC5, 0xFA if n < 8 else 0x7A, 0x7F, 0x82 | (n & 7) << 3)) + _i32(offset)
 
 
+@cache
 def load_upper(n: int, offset: int) -> bytes:
     """VINSERTI128 ymm, ymm, [r9 + offset], 1."""
     return _vex_r9(n, ~n & 15, 0x38) + _i32(offset) + b"\x01"
 
 
+@cache
 def store_upper(n: int, offset: int) -> bytes:
     """VEXTRACTI128 [r9 + offset], ymm, 1."""
     return _vex_r9(n, 15, 0x39) + _i32(offset) + b"\x01"
@@ -115,13 +125,18 @@ def scaled_address(scale: int, displacement: int) -> bytes:
 
 
 def add_displacement(displacement: int) -> bytes:
-    """ADD RSI, displacement."""
-    return b"\x48\x81\xc6" + _i32(displacement) if displacement else b""
+    """LEA RSI, [rsi + displacement]."""
+    return b"\x48\x8d\xb6" + _i32(displacement) if displacement else b""
 
 
-def scaled_alone(scale: int) -> bytes:
-    """RSI times ``scale``, by SHL."""
-    return b"\x48\xc1\xe6" + bytes(({1: 0, 2: 1, 4: 2, 8: 3}[scale],))
+def scaled_alone(scale: int, displacement: int) -> bytes:
+    """LEA RSI, [rdi * scale + displacement]."""
+    sib = {1: 0, 2: 1, 4: 2, 8: 3}[scale] << 6 | 7 << 3 | 5
+    return bytes((0x48, 0x8D, 0x34, sib)) + _i32(displacement)
+
+
+def set_r10(value: int) -> bytes:
+    return b"\x49\xba" + _u64(value)
 
 
 def set_rsi(value: int) -> bytes:
@@ -165,8 +180,15 @@ def to_host(layout: TlbLayout) -> bytes:
     return b"\x48\x03\x77" + bytes((layout.addend,))
 
 
-def jump_if_not_zero(distance: int) -> bytes:
-    return b"\x0f\x85" + _i32(distance)
+NOT_ZERO: Final = 5
+"""As a condition: the last four bits of the opcode."""
+
+
+def jump_if(condition: int, distance: int) -> bytes:
+    return bytes((0x0F, 0x80 | condition)) + _i32(distance)
+
+
+JUMP_IF_BYTES: Final = 6
 
 
 def jump(distance: int) -> bytes:
@@ -174,6 +196,37 @@ def jump(distance: int) -> bytes:
 
 
 JUMP_BYTES: Final = 5
+
+
+# -- flags ----------------------------------------------------------------------------------------
+
+
+def keep_flags(cc_source: int, cc_operation: int) -> bytes:
+    """The host's status flags become the guest's. They, and RAX, are changed."""
+    return b"".join((
+        b"\x9c\x58",  # pushfq; pop rax
+        b"\x25", _i32(_STATUS_FLAGS),  # and eax, flags
+        b"\x48\x89\x82", _i32(cc_source),  # mov [rdx + cc_source], rax
+        b"\xc7\x82", _i32(cc_operation), _i32(_CC_OP_EFLAGS),  # mov dword [rdx + ..], 1
+    ))  # fmt: skip
+
+
+def test_task_switched(hflags: int) -> bytes:
+    """Zero unless CR0.TS is set."""
+    return b"\xf6\x82" + _i32(hflags + 1) + bytes((_HFLAGS_TS >> 8,))
+
+
+# -- loops ----------------------------------------------------------------------------------------
+
+
+def set_rounds(count: int) -> bytes:
+    """MOV DWORD [rsp - 24], count."""
+    return b"\xc7\x44\x24" + _i8(_ROUNDS) + _i32(count)
+
+
+def count_round() -> bytes:
+    """DEC DWORD [rsp - 24]: zero after the last."""
+    return b"\xff\x4c\x24" + _i8(_ROUNDS)
 
 
 # -- MXCSR ----------------------------------------------------------------------------------------
@@ -256,15 +309,20 @@ def dispatcher(base: int, entries: int, state: int, page: int, code: int) -> byt
     ))  # fmt: skip
 
 
+def count_words(address: int) -> bytes:
+    """Count in the words at a host address that a way out was taken."""
+    return set_rcx(address) + b"\x48\xff\x41\x10"  # inc qword [rcx + 16]
+
+
 def bail(following: int, executed: int, bailed: int, handle: int, stop: int) -> bytes:
     """The end of every run that cannot go on: RCX points to the words of the instruction, see
     :mod:`sandbox.engine.host_run`."""
     onward = b"\x48\xff\x41\x18" + set_next(following, executed) + RETURN  # inc qword [rcx + 24]
     return b"".join((
-        b"\x48\xff\x41\x10",  # inc qword [rcx + 16]
         b"\x48\x8b\x01",  # mov rax, [rcx]
         b"\x48\x85\xc0", b"\x74", bytes((len(onward),)),  # test rax, rax; jz stop
         onward,
+        b"\x48\xff\x41\x10",  # inc qword [rcx + 16]
         b"\x48\x8b\x41\x08", set_next(following, executed),  # mov rax, [rcx + 8]
         b"\x49\x89\x89", _i32(bailed),  # mov [r9 + bailed], rcx
         b"\x48\xbf", _u64(handle), set_rax(stop), b"\xff\xe0",  # uc_emu_stop(handle)

@@ -6,6 +6,9 @@ with their memory operands looked up in Unicorn's TLB, and stores what they have
 calls it before a jump in hidden code that leads to another, ``jmp [next]``; the run says where
 ``next`` is.
 
+Moves, simple arithmetic and jumps between vector instructions are done on the way, and a run
+that leads back to its beginning is a loop.
+
 An instruction that cannot be done like this *bails out*: its page is not in the TLB, or needs more
 than a move (code, a device), its operand is misaligned or reaches into the next page, or an
 exception is not masked in MXCSR. Then all before it is done and it has not begun. A sequence of
@@ -16,15 +19,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
 from iced_x86 import Instruction, Mnemonic, Register, RegisterExt
 
+from sandbox.decode import Insn
 from sandbox.engine import host_code as hc
 from sandbox.engine.hidden import HOST_ENTRIES, PER_PAGE, HiddenMemory
-from sandbox.engine.host_operands import Operands
+from sandbox.engine.host_operands import HOST_GENERAL, Flags, Operands
 from sandbox.engine.unicorn_layout import SEGMENT_BYTES, Layout
 from sandbox.engine.unicorn_tlb import TlbLayout
 from sandbox.lowering import (
@@ -36,12 +40,14 @@ from sandbox.lowering import (
     signed,
 )
 
-MAX_INSNS: Final = 64
+MAX_INSNS: Final = 100
+_ROUNDS: Final = 200
+"""A loop comes back to Unicorn after so many: somebody may want the guest to stop."""
 _CODE_BYTES: Final = 16 << 20
 _WORDS_BYTES: Final = 4 << 20
 _WORDS: Final = 4
 """Of 8 bytes, for each way out: where to go on in hidden code, or 0; the guest's address; how
-often it was taken; how often hidden code went on."""
+often the run was left there; how often hidden code went on."""
 _MOST_CODE: Final = MAX_INSNS * 512
 """More bytes than a run ever takes."""
 _SEGMENT_BASES: Final = {Register.FS: 4, Register.GS: 5}
@@ -50,12 +56,15 @@ _VECTOR_BYTES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class HostInsn:
-    """An instruction of a run. ``spilled``: its memory operand has been copied into the state
-    page."""
+    """An instruction of a run."""
 
     insn: Instruction
     operands: Operands
+    raw: Insn
+    lowered: bool
+    """Whether it is trapped; what is allowed is done on the way."""
     spilled: bool = False
+    """Whether its memory operand has been copied into the state page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,8 @@ class HostMemory:
         )
         bail = hc.bail(NEXT_OFFSET, EXECUTED_OFFSET, BAILED_OFFSET, where.handle, where.stop)
         back = hc.clear_note(EXECUTED_OFFSET)
-        self.bail = self.entry + len(entry)
+        self.bail = len(entry)
+        """Offset of the common end of all that bail out."""
         self._back = len(entry) + len(bail)
         self._first = self._back + len(back)
         self._code[: self._first] = entry + bail + back
@@ -106,16 +116,17 @@ class HostMemory:
         self.words[index : index + _WORDS] = memoryview(_pack(0, rip, 0, 0)).cast("Q")
         return index
 
-    def write(self, entry: int, code: bytes) -> None:
-        """Have ``code`` run at an entry of hidden code."""
+    def write(self, entry: int, code: bytes) -> int:
+        """Have ``code`` run at an entry of hidden code; where it is from now on, an offset."""
         at = self._used
         self._code[at : at + len(code)] = code
         self._used = at + len(code) + 15 & -16
         self._offsets[4 * entry : 4 * entry + 4] = at.to_bytes(4, "little")
+        return at
 
-    def distance_to_bail(self, at: int) -> int:
-        """From ``at`` bytes behind the beginning of a new run to the common end of ways out."""
-        return self.bail - (self.entry + self._used + at)
+    def distance(self, at: int, to: int) -> int:
+        """From ``at`` bytes behind where the next code will be to the code at an offset."""
+        return to - (self._used + at)
 
     def clear(self) -> None:
         """Forget all runs; Unicorn must have forgotten their hidden code."""
@@ -136,60 +147,157 @@ def _pack(*words: int) -> bytes:
     return b"".join((word & (1 << 64) - 1).to_bytes(8, "little") for word in words)
 
 
-class HostRun:
-    """Puts one run together: its machine code and its ways out."""
+@dataclass(frozen=True, slots=True)
+class WayOut:
+    """Where a run is left before its end: the index of its words, the number of the first
+    instruction that is not done, and whether hidden code may do that."""
 
-    def __init__(self, memory: HostMemory, where: Where, insns: Sequence[HostInsn]) -> None:
+    words: int
+    number: int
+    bails: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """What is so before an instruction: where it is in the code, which vector registers are loaded
+    (and their upper halves), and whose MXCSR it is."""
+
+    offset: int
+    loaded: dict[int, bool]
+    in_mxcsr: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Exit:
+    """A jump out of the run: which of the parts it is, what it ends at, and what is to be done
+    there."""
+
+    part: int
+    end: int
+    condition: int
+    dirty: frozenset[int]
+    in_mxcsr: bool
+    flags: bool
+    """Whether the host's status flags are the guest's."""
+    words: int
+    target: int | None
+    """The guest's address to go on at; None: the words have it."""
+
+
+class HostRun:
+    """Puts one run together: its machine code, its ways out and back in.
+
+    ``counter``: offset of what counts its executions in the state page; 0 if they are not counted.
+    """
+
+    def __init__(
+        self, memory: HostMemory, where: Where, insns: Sequence[HostInsn], counter: int = 0
+    ) -> None:
         self._memory = memory
         self._where = where
-        self._insns = insns
+        self.insns = insns
+        self._counter = counter
         self._parts: list[bytes] = []
         self._size = 0
-        self._low: set[int] = set()
-        """Vector registers whose low half is loaded."""
-        self._whole: set[int] = set()
-        """Those whose upper half is loaded too."""
+        self.at = 0
+        """The offset of the code, once it is written."""
+        self._points: list[_Point] = []
+        self._loaded: dict[int, bool] = {}
+        """Vector registers that are loaded, and whether their upper half is."""
         self._dirty: set[int] = set()
-        self._ways_out: list[tuple[int, int, frozenset[int], frozenset[int], bool]] = []
-        """Where a jump is (an index of parts, and the size up to its end), what is dirty there,
-        what of this is whole, whether MXCSR is the guest's."""
-        self.bails: list[tuple[int, int]] = []
-        """Of each way out: the index of its words, the number of its instruction."""
-        self._uses_mxcsr = any(i.operands.uses_mxcsr for i in insns)
-        self._in_mxcsr = False
+        self._in_mxcsr = self._has_flags = False
+        self._exits: list[_Exit] = []
+        self.ways_out: list[WayOut] = []
+        self._start = insns[0].insn.ip
+        self._loops = self._start in map(_target, insns) and not any(map(is_zeroing, insns))
+        self._top = 0
 
-    def assemble(self, following: int, counter: int) -> bytes:
-        """The code; ``following``: the guest's address behind the run; ``counter``: offset of what
-        counts in the state page, or 0."""
-        if counter:
-            self._emit(hc.count(counter))
-        if self._uses_mxcsr:
-            self._emit(hc.check_masks(self._where.layout.mxcsr))
+    def assemble(self, following: int = 0) -> bytes:
+        """The code; ``following``: where to go on, if not at what follows in the guest."""
+        self._begin()
+        for number, item in enumerate(self.insns):
+            self._points.append(_Point(self._size, dict(self._loaded), self._in_mxcsr))
+            if item.operands.condition:
+                self._branch(number, item)
+            elif item.operands.is_jump:
+                break
+            else:
+                self._run(number, item)
+        last = self.insns[-1]
+        target = _target(last) if last.operands.is_jump else last.insn.next_ip
+        self._leave(following or target or 0)
+        self._end_exits()
+        return b"".join(self._parts)
+
+    def reenter(self, number: int) -> bytes | None:
+        """Code that goes on with an instruction of the written run, because hidden code has done
+        the one before; None if that set flags that are used. Not if that has changed code."""
+        if self.insns[number].operands.flags is Flags.USED:
+            return None
+        self._parts, self._size, self._exits = [], 0, []
+        point, done = self._points[number], self.insns[number - 1]
+        self._dirty, self._loaded, self._in_mxcsr, self._has_flags = set(), {}, False, False
+        self._prepare()
+        if done.operands.memory and done.operands.memory.written:
+            self._leave_if_code(number, done, done.operands.memory.size)
+        if point.in_mxcsr:
+            self._emit(hc.check_masks(self._where.layout.mxcsr), hc.enter_mxcsr())
+        for n, whole in point.loaded.items():
+            self._load(n, whole)
+        to = self._memory.distance(self._size + hc.JUMP_BYTES, self.at + point.offset)
+        self._emit(hc.jump(to))
+        self._end_exits()
+        return b"".join(self._parts)
+
+    def _leave_if_code(self, number: int, done: HostInsn, size: int) -> None:
+        """A store to a page of code may have changed what follows: the guest goes on there."""
+        tlb, target = self._where.tlb, self.insns[number].insn.ip
+        words = self._count_way_out(number)
+        self._emit(*self._linear_address(done.insn))
+        for distance in (0, size - 1):
+            self._emit(hc.add_displacement(distance), hc.look_up(1, tlb.write, tlb))
+            self._exit_if(hc.NOT_ZERO, words, target)
+
+    def _emit(self, *parts: bytes) -> None:
+        for part in parts:
+            self._parts.append(part)
+            self._size += len(part)
+
+    def _begin(self) -> None:
+        layout = self._where.layout
+        self._prepare()
+        self._emit(hc.test_task_switched(layout.hflags))
+        self._bail_if_not_zero(0)
+        if any(item.operands.uses_mxcsr for item in self.insns):
+            self._emit(hc.check_masks(layout.mxcsr))
             self._bail_if_not_zero(0)
             self._emit(hc.enter_mxcsr())
             self._in_mxcsr = True
-        if any(i.operands.memory and not i.spilled for i in self._insns):
-            self._emit(hc.choose_tlb(self._where.layout.hflags, self._where.tlb))
-        for number, item in enumerate(self._insns):
-            self._run(number, item)
-        self._emit(self._epilogue(self._dirty, self._whole, self._in_mxcsr))
-        self._emit(hc.set_rax(following))
-        self._emit(hc.set_next(NEXT_OFFSET, EXECUTED_OFFSET) + hc.RETURN)
-        self._end_ways_out()
-        return b"".join(self._parts)
+        if self._loops:
+            self._load_all()
+        self._top = self._size
+        if self._counter:
+            self._emit(hc.count(self._counter))
 
-    def _emit(self, code: bytes) -> None:
-        self._parts.append(code)
-        self._size += len(code)
+    def _prepare(self) -> None:
+        if self._loops:
+            self._emit(hc.set_rounds(_ROUNDS))
+        if any(i.operands.memory and i.operands.memory.size for i in self.insns):
+            self._emit(hc.choose_tlb(self._where.layout.hflags, self._where.tlb))
+
+    def _load_all(self) -> None:
+        """What a loop changes is loaded before, and stored wherever it is left."""
+        for item in self.insns:
+            for vector in item.operands.vectors:
+                self._load(vector.number, whole=True)
+                if vector.written:
+                    self._dirty.add(vector.number)
 
     # -- instructions ---------------------------------------------------------------------------
 
     def _run(self, number: int, item: HostInsn) -> None:
-        if item.insn.mnemonic == Mnemonic.VZEROUPPER:
-            self._zero_uppers()
-            return
-        if item.insn.mnemonic == Mnemonic.VZEROALL:
-            self._zero_all()
+        if is_zeroing(item):
+            self._zero(keep_low=item.insn.mnemonic == Mnemonic.VZEROUPPER)
             return
         operands, layout = item.operands, self._where.layout
         if operands.memory:
@@ -197,25 +305,27 @@ class HostRun:
         for vector in operands.vectors:
             if vector.read or not vector.written:
                 self._load(vector.number, vector.whole)
-        general = operands.general
-        if general and general.read:
-            self._emit(hc.load_state("r10", layout.gpr + 8 * general.number))
+        generals = [*zip(operands.generals, HOST_GENERAL, strict=False)]
+        for general, name in generals:
+            if general.read:
+                self._emit(hc.load_state(name, layout.gpr + 8 * general.number))
         self._emit(operands.code)
         for vector in operands.vectors:
             if vector.written:  # VEX: what is beyond the result becomes 0
-                self._low.add(vector.number)
-                self._whole.add(vector.number)
+                self._loaded[vector.number] = True
                 self._dirty.add(vector.number)
-        if general and general.written:
-            self._emit(hc.store_state("r10", layout.gpr + 8 * general.number))
+        for general, name in generals:
+            if general.written:
+                self._emit(hc.store_state(name, layout.gpr + 8 * general.number))
+        self._has_flags = self._has_flags or operands.flags is Flags.SET
 
     def _load(self, n: int, whole: bool) -> None:
-        if n not in self._low:
+        if n not in self._loaded:
             self._emit(hc.load_low(n, self._vector(n)))
-            self._low.add(n)
-        if whole and n not in self._whole:
+            self._loaded[n] = False
+        if whole and not self._loaded[n]:
             self._emit(hc.load_upper(n, UPPER_OFFSET + 16 * n))
-            self._whole.add(n)
+            self._loaded[n] = True
 
     def _vector(self, n: int) -> int:
         return self._where.layout.vectors + _VECTOR_BYTES * n
@@ -227,7 +337,11 @@ class HostRun:
         if item.spilled:
             self._emit(hc.point_to_state_page(SPILL_OFFSET))
             return
-        self._emit(self._linear_address(item.insn))
+        if not memory.size:
+            self._emit(*self._base_and_index(item.insn))
+            return
+        self._keep_flags()
+        self._emit(*self._linear_address(item.insn))
         if memory.alignment > 1:
             self._emit(hc.test_alignment(memory.alignment))
             self._bail_if_not_zero(number)
@@ -235,82 +349,144 @@ class HostRun:
         self._bail_if_not_zero(number)
         self._emit(hc.to_host(tlb))
 
-    def _linear_address(self, insn: Instruction) -> bytes:
+    def _linear_address(self, insn: Instruction) -> Iterator[bytes]:
         """RSI becomes the linear address of the memory operand."""
-        layout = self._where.layout
-        if insn.is_ip_rel_memory_operand:
-            parts = [hc.set_rsi(insn.ip_rel_memory_address)]
-        else:
-            parts = [*self._base_and_index(insn)]
+        yield from self._base_and_index(insn)
         segment = _SEGMENT_BASES.get(insn.segment_prefix)
         if segment is not None:
-            parts.append(hc.add_state_to_rsi(layout.segments + segment * SEGMENT_BYTES + 8))
-        return b"".join(parts)
+            yield hc.add_state_to_rsi(self._where.layout.segments + segment * SEGMENT_BYTES + 8)
 
     def _base_and_index(self, insn: Instruction) -> Sequence[bytes]:
+        """RSI becomes the offset of the memory operand in its segment. Flags stay."""
         layout = self._where.layout
         base, index = insn.memory_base, insn.memory_index
+        if insn.is_ip_rel_memory_operand:
+            return (hc.set_rsi(insn.ip_rel_memory_address),)
         displacement = signed(insn.memory_displacement)
 
         def load(name: str, register: int) -> bytes:
-            return hc.load_state(name, layout.gpr + 8 * RegisterExt.number(register))  # type: ignore[arg-type]
+            number = RegisterExt.number(register)  # type: ignore[arg-type]
+            return hc.load_state(name, layout.gpr + 8 * number)
 
         if base == Register.NONE and index == Register.NONE:
             return (hc.set_rsi(displacement),)
         if index == Register.NONE:
             return load("rsi", base), hc.add_displacement(displacement)
+        scale = insn.memory_index_scale
         if base == Register.NONE:
-            scaled = hc.scaled_alone(insn.memory_index_scale)
-            return load("rsi", index), scaled, hc.add_displacement(displacement)
-        scaled = hc.scaled_address(insn.memory_index_scale, displacement)
-        return load("rsi", base), load("rdi", index), scaled
+            return load("rdi", index), hc.scaled_alone(scale, displacement)
+        return load("rsi", base), load("rdi", index), hc.scaled_address(scale, displacement)
 
-    def _zero_uppers(self) -> None:
-        for n in sorted(self._dirty):
+    def _zero(self, *, keep_low: bool) -> None:
+        """VZEROUPPER and VZEROALL: afterwards all registers are where they were at the start."""
+        self._keep_flags()
+        for n in sorted(self._dirty) if keep_low else ():
             self._emit(hc.store_low(n, self._vector(n)))
-        self._emit(hc.clear_uppers(UPPER_OFFSET))
-        self._forget()
-
-    def _zero_all(self) -> None:
         self._emit(hc.clear_uppers(UPPER_OFFSET))  # by YMM0, which is 0 then
-        for n in range(16):
+        for n in () if keep_low else range(16):
             self._emit(hc.store_low(0, self._vector(n)))
-        self._forget()
-
-    def _forget(self) -> None:
-        """All vector registers are in the CPU state and the state page."""
-        self._low.clear()
-        self._whole.clear()
+        self._loaded.clear()
         self._dirty.clear()
+
+    def _keep_flags(self) -> None:
+        if self._has_flags:
+            self._emit(self._kept_flags())
+            self._has_flags = False
+
+    def _kept_flags(self) -> bytes:
+        return hc.keep_flags(self._where.layout.cc_source, self._where.layout.cc_operation)
 
     # -- ways out -------------------------------------------------------------------------------
 
     def _bail_if_not_zero(self, number: int) -> None:
-        self._emit(hc.jump_if_not_zero(0))
-        dirty, whole = frozenset(self._dirty), frozenset(self._whole)
-        self._ways_out.append((len(self._parts) - 1, self._size, dirty, whole, self._in_mxcsr))
-        index = next((words for words, at in self.bails if at == number), 0)
-        if not index:
-            index = self._memory.take_words(self._insns[number].insn.ip)
-        self.bails.append((index, number))
+        words = next((w.words for w in self.ways_out if w.bails and w.number == number), 0)
+        if not words:
+            words = self._memory.take_words(self.insns[number].insn.ip)
+            self.ways_out.append(WayOut(words, number, bails=True))
+        self._exit_if(hc.NOT_ZERO, words, None)
 
-    def _end_ways_out(self) -> None:
-        memory = self._memory
-        for (part, size, dirty, whole, in_mxcsr), (words, _number) in zip(
-            self._ways_out, self.bails, strict=True
-        ):
-            self._parts[part] = hc.jump_if_not_zero(self._size - size)
-            self._emit(self._epilogue(dirty, whole, in_mxcsr))
-            self._emit(hc.set_rcx(memory.words_address + 8 * words))
-            self._emit(hc.jump(memory.distance_to_bail(self._size + hc.JUMP_BYTES)))
+    def _branch(self, number: int, item: HostInsn) -> None:
+        words = self._count_way_out(number + 1)
+        self._exit_if(item.operands.condition & 15, words, _target(item))
 
-    def _epilogue(self, dirty: Set[int], whole: Set[int], in_mxcsr: bool) -> bytes:
+    def _count_way_out(self, number: int) -> int:
+        """The index of words that count how often the run is left before an instruction; 0 if
+        nobody wants to know."""
+        if not self._counter or not any(item.lowered for item in self.insns[number:]):
+            return 0
+        words = self._memory.take_words(0)
+        self.ways_out.append(WayOut(words, number, bails=False))
+        return words
+
+    def _exit_if(self, condition: int, words: int, target: int | None) -> None:
+        self._emit(hc.jump_if(condition, 0))
+        self._exits.append(
+            _Exit(
+                len(self._parts) - 1, self._size, condition, frozenset(self._dirty),
+                self._in_mxcsr, self._has_flags, words, target,
+            )
+        )  # fmt: skip
+
+    def _end_exits(self) -> None:
+        bails: dict[tuple[frozenset[int], bool], list[_Exit]] = {}
+        for exit_ in self._exits:
+            if exit_.target is None:
+                bails.setdefault((exit_.dirty, exit_.in_mxcsr), []).append(exit_)
+                continue
+            self._here(exit_)
+            self._has_flags, self._in_mxcsr = exit_.flags, exit_.in_mxcsr
+            self._dirty = set(exit_.dirty)
+            self._leave(exit_.target, exit_.words)
+        for (dirty, in_mxcsr), exits in bails.items():
+            self._end_bails(dirty, in_mxcsr, exits)
+
+    def _here(self, exit_: _Exit) -> None:
+        """Let an exit's jump lead here."""
+        self._parts[exit_.part] = hc.jump_if(exit_.condition, self._size - exit_.end)
+
+    def _end_bails(self, dirty: frozenset[int], in_mxcsr: bool, exits: list[_Exit]) -> None:
+        """One end for all that have the same to store."""
+        jumps: list[tuple[int, int]] = []
+        for exit_ in exits:
+            self._here(exit_)
+            words = self._memory.words_address + 8 * exit_.words
+            self._emit(hc.set_rcx(words), hc.jump(0))
+            jumps.append((len(self._parts) - 1, self._size))
+        for part, end in jumps:
+            self._parts[part] = hc.jump(self._size - end)
+        self._emit(*self._stores(dirty, in_mxcsr))
+        to = self._memory.distance(self._size + hc.JUMP_BYTES, self._memory.bail)
+        self._emit(hc.jump(to))
+
+    def _leave(self, target: int, words: int = 0) -> None:
+        """Go on at the guest's address ``target``: here, if it is that of the run itself."""
+        self._keep_flags()
+        if words:
+            self._emit(hc.count_words(self._memory.words_address + 8 * words))
+        if self._loops and target == self._start:
+            self._emit(hc.count_round())
+            end = self._size + hc.JUMP_IF_BYTES
+            self._emit(hc.jump_if(hc.NOT_ZERO, self._top - end))
+        self._emit(*self._stores(self._dirty, self._in_mxcsr))
+        self._emit(hc.set_rax(target))
+        self._emit(hc.set_next(NEXT_OFFSET, EXECUTED_OFFSET), hc.RETURN)
+
+    def _stores(self, dirty: Set[int], in_mxcsr: bool) -> Iterator[bytes]:
         """Store what has changed, and give the host its own MXCSR back."""
-        parts = []
         for n in sorted(dirty):
-            parts.append(hc.store_low(n, self._vector(n)))
-            if n in whole:
-                parts.append(hc.store_upper(n, UPPER_OFFSET + 16 * n))
+            yield hc.store_low(n, self._vector(n))
+            yield hc.store_upper(n, UPPER_OFFSET + 16 * n)
         if in_mxcsr:
-            parts.append(hc.leave_mxcsr(self._where.layout.mxcsr))
-        return b"".join((*parts, hc.ZERO_UPPERS))
+            yield hc.leave_mxcsr(self._where.layout.mxcsr)
+        yield hc.ZERO_UPPERS
+
+
+def _target(item: HostInsn) -> int | None:
+    """Where a jump leads."""
+    operands = item.operands
+    return item.insn.near_branch_target if operands.condition or operands.is_jump else None
+
+
+def is_zeroing(item: HostInsn) -> bool:
+    """Whether it is VZEROUPPER or VZEROALL."""
+    return item.insn.mnemonic in (Mnemonic.VZEROUPPER, Mnemonic.VZEROALL)

@@ -29,9 +29,8 @@ from iced_x86 import (
 from sandbox.decode import MAX_LENGTH as _MAX_LENGTH
 from sandbox.decode import MNEMONIC_NAMES, Insn, decode
 from sandbox.engine.hidden import HiddenMemory, Place
-from sandbox.engine.host_builder import Bail, HostBuilder
-from sandbox.engine.host_operands import operands_of
-from sandbox.engine.host_run import HostInsn
+from sandbox.engine.host_builder import HostBuilder
+from sandbox.engine.host_run import HostInsn, HostRun
 from sandbox.lowering import (
     BEFORE,
     Emitter,
@@ -77,12 +76,21 @@ class Run:
     """What takes their place while the block is translated: padding and a jump, perhaps longer."""
     patch_count: int
     """Instructions in the patch."""
-    mnemonics: tuple[str, ...]
-    """Of the lowered instructions."""
+    places: tuple[tuple[int, str], ...]
+    """Of the lowered instructions: address and mnemonic."""
     counter: int
     """Where it is counted how often the run began; 0 if it is not."""
-    bails: tuple[Bail, ...] = ()
+    exits: tuple[Exit, ...] = ()
     """The ways out of a host run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """A way out of a host run: the index of its words, and the mnemonics of the lowered
+    instructions that are left undone there."""
+
+    words: int
+    left: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -103,10 +111,26 @@ class _Found:
         ]
 
 
-def _found_for_host(insns: list[HostInsn]) -> _Found:
+@dataclass(frozen=True, slots=True)
+class _Code:
+    """What the code of a run has to know of the guest: addresses of its instructions and of what
+    follows, the mnemonics that are left from each on, where it goes on, and how many instructions
+    are done then."""
+
+    starts: list[int]
+    left: list[tuple[str, ...]]
+    following: int
+    done: int
+
+
+def _found_for_host(insns: Sequence[HostInsn]) -> _Found:
     starts = [item.insn.ip for item in insns]
-    names = [MNEMONIC_NAMES[item.insn.mnemonic] for item in insns]
-    return _Found([*starts, insns[-1].insn.next_ip], [*enumerate(names)])
+    lowered = [
+        (number, MNEMONIC_NAMES[item.insn.mnemonic])
+        for number, item in enumerate(insns)
+        if item.lowered
+    ]
+    return _Found([*starts, insns[-1].insn.next_ip], lowered)
 
 
 class RunBuilder:
@@ -136,6 +160,9 @@ class RunBuilder:
         self._counted = counted
         self._executions: Counter[str] = Counter()
         """Of runs that have been cleared, less what was counted too much."""
+        self._gone: dict[int, tuple[str, ...]] = {}
+        """By index of words: what is left undone if hidden code does the instruction and then the
+        guest goes on."""
         self._info = InstructionInfoFactory()
         self._encoder = Encoder(64)
         self.full = False
@@ -163,71 +190,84 @@ class RunBuilder:
             room = self._room_for_jump(found.starts)
             if room is None:
                 return None
-            bails: tuple[Bail, ...] = ()
+            exits: tuple[Exit, ...] = ()
             if insns:
-                pointer, bails = self._write_for_host(insns, found, counter)
+                pointer, exits = self._write_for_host(insns, found, counter)
             else:
                 emitter.finish()
-                pointer = self._write(emitter.steps, found, found.starts[-1])
+                starts = found.starts
+                code_of = _Code(starts, found.left, starts[-1], len(starts) - 1)
+                pointer = self._write(emitter.steps, code_of)
             if pointer is None:
                 return None
             if room[0]:
                 self.jumps[linear + room[0]] = key
             if counter:
                 self._hidden.take_counter()
-            left = found.left[0]
-            run = self._runs[key] = Run(size, *_patch(*room, pointer), left, counter, bails)
+            places = tuple((found.starts[number], name) for number, name in found.lowered)
+            run = self._runs[key] = Run(size, *_patch(*room, pointer), places, counter, exits)
         return run
 
     def is_for_host(self, insn: Insn) -> bool:
         """Whether the host does a trapped instruction."""
         return self._host is not None and self._host.accepts(insn)
 
-    def instead(self, linear: int, code: bytes, *, unmasked: bool) -> int | None:
-        """The entry of hidden code that does the instruction at ``linear`` of a host run; None if
-        there is no such code. ``unmasked``: whether MXCSR has exceptions that are not masked."""
-        insn = Decoder(64, code, ip=linear).decode()
-        raw = decode(code[: insn.len], 64)
-        operands = operands_of(insn, raw.raw)
-        if unmasked and (operands is None or operands.uses_mxcsr):
-            return None
-        lowering, emitter = self._rule(raw), Emitter(self._hidden.state)
-        found = _Found([linear, linear + insn.len], [(0, raw.mnemonic)])
-        following: int | None = found.starts[-1]
-        if lowering is None or lowering.rule is None or not self._lower(emitter, insn, raw):
-            emitter = Emitter(self._hidden.state)
-            following = self._spill(emitter, insn, raw)
-        if following is None:
-            return None
-        emitter.finish()
-        pointer = self._write(emitter.steps, found, following)
-        return None if pointer is None else pointer + _POINTERS
+    def instead(self, address: int, *, unmasked: bool) -> int | None:
+        """The entry of hidden code that does the instruction which a host run has bailed out at;
+        None if there is no such code. The run will go on there by itself the next time.
 
-    def go_on(self, words: int, entry: int) -> None:
-        """From now on the host run whose way out has its words at the host address ``words`` goes
-        on at ``entry`` by itself; the guest will do so this time."""
+        ``address``: host address of the words; ``unmasked``: whether MXCSR has exceptions that are
+        not masked.
+        """
         assert self._host is not None
         memory = self._host.memory
-        index = (words - memory.words_address) // 8
-        memory.words[index] = entry
-        memory.words[index + 3] += 1
+        words = (address - memory.words_address) // 8
+        run, number = self._host.bails[words]
+        item = run.insns[number]
+        if item.spilled or (unmasked and item.operands.uses_mxcsr):
+            return None
+        entry = self._alone(run, number, words)
+        if entry is not None:
+            memory.words[words] = entry
+            memory.words[words + 2] -= 1
+            memory.words[words + 3] += 1
+        return entry
 
-    def _spill(self, emitter: Emitter, insn: Instruction, raw: Insn) -> int | None:
-        """Copy the memory operand to the state page; where the host goes on with it."""
-        operands = operands_of(insn, raw.raw)
-        if self._host is None or not operands or not operands.memory or operands.memory.written:
+    def _alone(self, run: HostRun, number: int, words: int) -> int | None:
+        """Hidden code for one instruction of a host run, which goes on with the next; its entry."""
+        assert self._host is not None
+        item, left = run.insns[number], _found_for_host(run.insns).left
+        here, after = left[number], left[number + 1]
+        following = self._host.reenter(run, number + 1, after)
+        if following is None:
+            self._gone[words] = after
+            here, after, following = here[: len(here) - len(after)], (), item.insn.next_ip
+        emitter, done = Emitter(self._hidden.state), 1
+        try:
+            if not item.lowered:
+                emitter.copy(item.insn)
+            elif not self._lower(emitter, item.insn, item.raw):
+                emitter, done = Emitter(self._hidden.state), 0
+                emitter.lower(item.insn, spill_memory)
+                following = self._host.spilled(item, following)
+        except NotLoweredError:
             return None
-        if not self._emit(emitter, insn, spill_memory):
-            return None
-        return self._host.spilled(HostInsn(insn, operands))
+        emitter.finish()
+        code = _Code([item.insn.ip, item.insn.next_ip], [here, after], following or 0, done)
+        pointer = self._write(emitter.steps, code) if following else None
+        return None if pointer is None else pointer + _POINTERS
 
     def _write_for_host(
         self, insns: list[HostInsn], found: _Found, counter: int
-    ) -> tuple[int | None, tuple[Bail, ...]]:
+    ) -> tuple[int | None, tuple[Exit, ...]]:
         assert self._host is not None
-        made = self._host.write(insns, found.starts[-1], counter)
-        self.full = self.full or made is None
-        return made or (None, ())
+        made = self._host.write(insns, counter)
+        if made is None:
+            self.full = True
+            return None, ()
+        left = found.left
+        pointer, ways_out = made
+        return pointer, tuple(Exit(way.words, left[way.number]) for way in ways_out)
 
     def _room_for_jump(self, starts: Sequence[int]) -> tuple[int, int] | None:
         """Offset of the jump in the patch, and how many idle prefixes it has.
@@ -245,7 +285,8 @@ class RunBuilder:
 
     def sites(self) -> Counter[str]:
         """How many instructions are lowered now, by mnemonic."""
-        return Counter(name for run in self._runs.values() for name in run.mnemonics)
+        places = {place for run in self._runs.values() for place in run.places}
+        return Counter(name for _address, name in places)
 
     def executions(self) -> Counter[str]:
         """How often lowered instructions ran, by mnemonic, if that is counted."""
@@ -257,14 +298,16 @@ class RunBuilder:
     def _add(self, total: Counter[str], run: Run) -> None:
         if run.counter:
             times = self._hidden.count(run.counter)
-            total.update({name: n * times for name, n in Counter(run.mnemonics).items()})
-        for bail in run.bails if run.counter else ():
-            assert self._host is not None
-            _onward, _rip, times, done = self._host.memory.words[bail.words : bail.words + 4]
-            total.subtract(
-                {name: n * times for name, n in Counter(run.mnemonics[bail.number :]).items()}
+            total.update(
+                {name: n * times for name, n in Counter(name for _at, name in run.places).items()}
             )
-            total[run.mnemonics[bail.number]] += done
+        host = self._host if run.counter else None
+        for way in run.exits if host else ():
+            assert host is not None
+            times = host.memory.words[way.words + 2]
+            total.subtract({name: n * times for name, n in Counter(way.left).items()})
+            gone, times = self._gone.get(way.words, ()), host.memory.words[way.words + 3]
+            total.subtract({name: n * times for name, n in Counter(gone).items()})
 
     def leave(self, place: Place) -> None:
         """The guest goes on elsewhere, before it has run all that was counted."""
@@ -276,10 +319,11 @@ class RunBuilder:
         for run in self._runs.values():
             self._add(self._executions, run)
         self._runs.clear()
+        self._gone.clear()
         self.jumps.clear()
         self._hidden.clear()
         if self._host is not None:
-            self._host.memory.clear()
+            self._host.clear()
         self.full = False
 
     # -- which instructions ---------------------------------------------------------------------
@@ -361,9 +405,8 @@ class RunBuilder:
 
     # -- the hidden code ------------------------------------------------------------------------
 
-    def _write(self, steps: Sequence[Step], found: _Found, following: int) -> int | None:
-        """Write the code of a run that goes on at ``following``; where the address of its entry
-        stands.
+    def _write(self, steps: Sequence[Step], what: _Code) -> int | None:
+        """Write the code of a run; where the address of its entry stands.
 
         First come the addresses of the entry and of what follows the run, then the code.
         """
@@ -374,11 +417,11 @@ class RunBuilder:
         entry = at = base + _POINTERS
         code = b""
         places: dict[int, Place] = {}
-        starts, left = found.starts, found.left
+        starts, left = what.starts, what.left
         back = Instruction.create_mem(
             Code.JMP_RM64, MemoryOperand(Register.RIP, displ=signed(base + 8), displ_size=8)
         )
-        last = Step(back, starts.index(following) if following in starts else 0, True, (), False)
+        last = Step(back, what.done, True, (), False)
         for step in (*steps, last):
             try:
                 encoded = self._encode(step.instruction, at)
@@ -390,7 +433,7 @@ class RunBuilder:
             at += len(encoded)
         if at - base > _MAX_CODE:
             return None
-        pointers = entry.to_bytes(8, "little") + following.to_bytes(8, "little")
+        pointers = entry.to_bytes(8, "little") + what.following.to_bytes(8, "little")
         self._hidden.write(base, pointers + code, places)
         return base
 

@@ -246,7 +246,7 @@ class UnicornEngine:
             raise failure
         lowering = self._lowering
         if lowering is not None:
-            done = lowering.bailed(self.memory)
+            done = lowering.bailed()
             if done is not None:
                 return None if done else Stop.INSN
             place = lowering.place(self.registers.rip)

@@ -58,6 +58,8 @@ class Layout:
     efer: int
     error_code: int
     old_exception: int
+    cc_source: int
+    cc_operation: int
 
 
 class Prober:
@@ -189,8 +191,10 @@ class Guest:
 
     ADDRESS = 0x1000
 
-    def __init__(self, probe: Prober) -> None:
+    def __init__(self, probe: Prober, old_exception: int = -1) -> None:
         self._probe = probe
+        self.old_exception = old_exception
+        """Its offset in the state, once known."""
         self._page = ctypes.create_string_buffer(2 * PAGE_SIZE)
         self._at = (ctypes.addressof(self._page) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
         call, check, handle = probe.lib.call, probe.lib.check, probe.handle
@@ -207,7 +211,7 @@ class Guest:
 
     def settle(self) -> None:
         """Have no exception in flight any more."""
-        ctypes.c_int32.from_address(self._probe.state_at + layout().old_exception).value = -1
+        ctypes.c_int32.from_address(self._probe.state_at + self.old_exception).value = -1
 
     def run(self, code: str) -> tuple[int, ...]:
         """The state after ``code`` (hex), as signed 32-bit words."""
@@ -240,6 +244,21 @@ def _find_rflags(probe: Prober, guest: Guest, at: int, old_exception: int) -> in
     if (zero, carry, kept) != (0x46, 0x447, 0x403):
         raise _unsupported("RFLAGS")
     return at
+
+
+def _find_lazy_flags(probe: Prober, guest: Guest, rflags: int) -> tuple[int, int]:
+    """Offsets of ``cc_src`` and ``cc_op``: where the status flags are while the guest runs.
+
+    They are expected behind RFLAGS. A guest that leaves the flags alone leaves them as RFLAGS was.
+    """
+    source, operation = rflags + 16, rflags + 32
+    for flags in (0x8D5, 0x044):
+        guest.settle()
+        ctypes.c_uint64.from_address(probe.state_at + rflags).value = flags | 2
+        words = guest.run("b900000000 f7f1")  # mov ecx, 0; div ecx
+        if (words[source // 4], words[operation // 4]) != (flags, 1):
+            raise _unsupported("the status flags")
+    return source, operation
 
 
 def _find_exception(probe: Prober, guest: Guest) -> tuple[int, int]:
@@ -303,11 +322,13 @@ def _discover() -> Layout:
         guest = Guest(probe)
         error_code, old_exception = _find_exception(probe, guest)
         rflags = _find_rflags(probe, guest, rip + 8, old_exception)
+        guest.old_exception = old_exception
+        lazy_flags = _find_lazy_flags(probe, guest, rflags)
     finally:
         probe.close()
     return Layout(
         cpu, state, 0, rip, rflags, segments - 8, segments, cr2 - 16, dr0, mxcsr, vectors, efer,
-        error_code, old_exception,
+        error_code, old_exception, *lazy_flags,
     )  # fmt: skip
 
 

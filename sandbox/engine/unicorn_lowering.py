@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Final, TypeAlias
 
 from sandbox.cpu import Fault
-from sandbox.decode import MAX_LENGTH, Insn, decode
+from sandbox.decode import Insn, decode
 from sandbox.engine.allowlist import Patch
 from sandbox.engine.hidden import HiddenMemory, Place
 from sandbox.engine.host_builder import HostBuilder
@@ -55,7 +55,9 @@ class UnicornLowering:
         self._registers = registers
         self._root = space.root
         self.hidden = HiddenMemory(physical, space, registers)
-        host = self._host_code = HostBuilder.make(bank.handle, self.hidden, self._is_for_host)
+        host = self._host_code = HostBuilder.make(
+            bank.handle, self.hidden, traps, self._is_for_host
+        )
         self.runs = RunBuilder(self.hidden, rule, traps, counted=counted, host=host)
         self._refused: set[int] = set()
         self._seen = (0, 0, 0, 0)
@@ -160,7 +162,7 @@ class UnicornLowering:
             return False
         return lowering.rule is not None or self.runs.is_for_host(insn)
 
-    def bailed(self, memory: PagedMemory) -> bool | None:
+    def bailed(self) -> bool | None:
         """Whether a host run has stopped the guest: None if not, False if the instruction at RIP is
         for its handler, True if hidden code does it, to which the guest has been sent."""
         if not self._host_code:
@@ -170,15 +172,11 @@ class UnicornLowering:
             return None
         self.hidden.executed = False
         self._registers.rip = self.hidden.next
-        rip = self._registers.rip
-        with suppress(Fault, MmioRead):
-            code = memory.fetch(rip, min(MAX_LENGTH, PAGE_SIZE - rip % PAGE_SIZE))
-            entry = self.runs.instead(rip, code, unmasked=self._registers.mxcsr & MASKS != MASKS)
-            if entry is not None:
-                self.runs.go_on(address, entry)
-                self._registers.rip = entry
-                return True
-        return False
+        entry = self.runs.instead(address, unmasked=self._registers.mxcsr & MASKS != MASKS)
+        if entry is None:
+            return False
+        self._registers.rip = entry
+        return True
 
     def leave_patch(self, memory: PagedMemory) -> None:
         """The guest has stopped: if at the jump in a patch, it has not begun what the run does.

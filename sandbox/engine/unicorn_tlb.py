@@ -125,7 +125,7 @@ def _discover() -> TlbLayout | None:
     try:
         probe.write(x86.UC_X86_REG_CR3, bytes(8))  # the state is there from the first write on
         probe.use(layout().cpu, layout().state)
-        data, guest = _Data(probe), Guest(probe)
+        data, guest = _Data(probe), Guest(probe, layout().old_exception)
         _touch(probe, guest, 0)
         found = {
             candidate
