@@ -77,6 +77,11 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         help="emulate every trapped instruction in its handler (default: the policy's word)",
     )
     parser.add_argument(
+        "--no-host",
+        action="store_true",
+        help="run no trapped instruction on the host's own CPU (default: the policy's word)",
+    )
+    parser.add_argument(
         "--mode", choices=("real", "protected", "long"), default="long", help="16, 32 or 64 bits"
     )
     parser.add_argument(

@@ -70,7 +70,7 @@ def _lowers(vm: Vm) -> Callable[[Insn], bool]:
         found = settings.handlers.find(insn)
         if not found or insn.bitness != 64 or not settings.policy.lowering:
             return False
-        lowering = lowering_of(found[0], insn)
+        lowering = lowering_of(found[0], insn, host=settings.policy.host)
         if lowering is None:
             return False
         on_host = lowering.on_host and vector_operands(insn.iced, insn.raw) and not traps(NOP)

@@ -77,9 +77,10 @@ class Lowering:
     on_host: bool = False
 
 
-def lowering_of(handler: Handler, insn: Insn) -> Lowering | None:
-    """How ``insn`` may be done without ``handler``, which emulates it."""
-    rule, on_host = handler.lowering(insn), handler.on_host(insn)
+def lowering_of(handler: Handler, insn: Insn, *, host: bool) -> Lowering | None:
+    """How ``insn`` may be done without ``handler``, which emulates it. ``host``: whether the host's
+    CPU may be used at all."""
+    rule, on_host = handler.lowering(insn), host and handler.on_host(insn)
     return Lowering(rule, on_host) if rule is not None or on_host else None
 
 

@@ -7,6 +7,7 @@ A policy file::
     float_flags = "lazy"        # what the fast path leaves out of MXCSR: see sandbox.side_effects
     alignment = "lazy"          # #GP of misaligned SSE operands, left out in the same way
     lowering = true             # trapped instructions may run as sequences of allowed ones
+    host = true                 # vector instructions among them may run on the host's own CPU
 
     [[rule]]
     action = "trap"             # or "allow"
@@ -53,7 +54,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "float_flags": get_args(Exactness),
     "alignment": get_args(Exactness),
 }
-_TOP_KEYS = ("extends", *_CHOICES, "lowering", "rule")
+_SWITCHES = ("lowering", "host")
+_TOP_KEYS = ("extends", *_CHOICES, *_SWITCHES, "rule")
 _SELECTORS = ("feature", "mnemonic", "form", "bytes")
 _OPERANDS = ("memory", "register")
 _RULE_KEYS = ("action", "comment", "operands", *_SELECTORS)
@@ -121,6 +123,7 @@ class Policy:
         float_flags: Exactness = "lazy",
         alignment: Exactness = "lazy",
         lowering: bool = True,
+        host: bool = True,
     ) -> None:
         self.name = name
         self.rules = tuple(rules)
@@ -129,6 +132,8 @@ class Policy:
         self.alignment: Exactness = alignment
         self.lowering = lowering
         """Whether a trapped instruction may become a sequence of allowed ones."""
+        self.host = host
+        """Whether, if it may, a vector instruction may be run by the host's own CPU."""
         self._deciding = _deciding_rules(self.rules)
         """By form: the number of the last rule that holds whatever the operands, or -1."""
         self.allowed = bytes(i >= 0 and self.rules[i].allow for i in self._deciding)
@@ -164,14 +169,16 @@ class Policy:
     def with_unhandled(self, unhandled: Unhandled) -> Policy:
         """The same rules with another answer to unhandled instructions."""
         return Policy(
-            self.name, self.rules, unhandled, self.float_flags, self.alignment, self.lowering
-        )
+            self.name, self.rules, unhandled, self.float_flags, self.alignment, self.lowering,
+            self.host,
+        )  # fmt: skip
 
     def with_exactness(
         self,
         float_flags: Exactness | None = None,
         alignment: Exactness | None = None,
         lowering: bool | None = None,
+        host: bool | None = None,
     ) -> Policy:
         """The same rules with other choices about side effects and lowering; None leaves a choice
         as it is."""
@@ -182,6 +189,7 @@ class Policy:
             float_flags or self.float_flags,
             alignment or self.alignment,
             self.lowering if lowering is None else lowering,
+            self.host if host is None else host,
         )
 
     def deciding(self, code: int) -> int:
@@ -330,15 +338,14 @@ def _parse(text: str, filename: str, folder: Path | None, chain: tuple[str, ...]
     base = _base(source, folder, (*chain, filename)) if "extends" in table else None
     choices = {key: _choice(source, key, base) for key in _CHOICES}
     rules = (*(base.rules if base else ()), *_rules(source))
-    lowering = _lowering(source, base)
-    return Policy(Path(filename).stem, rules, **cast(Any, choices), lowering=lowering)
+    switches = {key: _switch(source, key, base) for key in _SWITCHES}
+    return Policy(Path(filename).stem, rules, **cast(Any, choices | switches))
 
 
-def _lowering(source: PolicySource, base: Policy | None) -> bool:
-    value = source.table.get("lowering", base.lowering if base else True)
+def _switch(source: PolicySource, key: str, base: Policy | None) -> bool:
+    value = source.table.get(key, getattr(base, key) if base else True)
     if not isinstance(value, bool):
-        reason = f"lowering is {value!r}, want true or false"
-        source.fail(source.line_of_key("lowering"), reason)
+        source.fail(source.line_of_key(key), f"{key} is {value!r}, want true or false")
     return bool(value)
 
 

@@ -53,7 +53,8 @@ def make_vm(options: Namespace, kind: Kind) -> Vm:
     if options.unhandled:
         policy = policy.with_unhandled(options.unhandled)
     lowering = False if options.no_lowering else None
-    policy = policy.with_exactness(options.float_flags, options.alignment, lowering)
+    host = False if options.no_host else None
+    policy = policy.with_exactness(options.float_flags, options.alignment, lowering, host)
     wanted = list(options.handlers)
     if "none" in wanted:
         wanted = [name for name in wanted if name != "none"]

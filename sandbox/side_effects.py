@@ -169,7 +169,7 @@ class SideEffects:
         if exact and insn.mnemonic in _VEX_ALIGNED and operand_kind(insn) == "memory":
             return None  # the sequences do not mind
         found = self._settings.handlers.find(insn)
-        return lowering_of(found[0], insn) if found else None
+        return lowering_of(found[0], insn, host=self._settings.policy.host) if found else None
 
     def _trap(self, marks: bytearray, forms: Iterable[int], every: bool) -> None:
         """Trap float forms: every one, or those that a handler takes."""

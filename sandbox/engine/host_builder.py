@@ -22,7 +22,6 @@ from sandbox.engine.host_run import (
     HostInsn,
     HostMemory,
     HostRun,
-    WayOut,
     Where,
     is_zeroing,
 )
@@ -112,9 +111,9 @@ class HostBuilder:
 
     def write(
         self, insns: list[HostInsn], counter: int, following: int = 0
-    ) -> tuple[int, list[WayOut]] | None:
+    ) -> tuple[int, HostRun] | None:
         """Write the run, and the hidden code that it is called from: where the address of that
-        stands, and the ways out. None without room. ``following``: where to go on, if not at what
+        stands, and the run. None without room. ``following``: where to go on, if not at what
         follows in the guest."""
         offset = counter and counter - self._hidden.state
         run = HostRun(self.memory, self._where, insns, offset)
@@ -126,7 +125,7 @@ class HostBuilder:
         for way in run.ways_out:
             if way.bails:
                 self.bails[way.words] = run, way.number
-        return pointer, run.ways_out
+        return pointer, run
 
     def _call(self, item: HostInsn, left: tuple[str, ...]) -> tuple[int, int] | None:
         """Hidden code that calls the host before ``item``; its number and where its address is."""

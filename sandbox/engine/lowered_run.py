@@ -76,21 +76,12 @@ class Run:
     """What takes their place while the block is translated: padding and a jump, perhaps longer."""
     patch_count: int
     """Instructions in the patch."""
-    places: tuple[tuple[int, str], ...]
-    """Of the lowered instructions: address and mnemonic."""
+    places: tuple[tuple[int, bytes, str], ...]
+    """Of the lowered instructions: address, bytes and mnemonic."""
     counter: int
     """Where it is counted how often the run began; 0 if it is not."""
-    exits: tuple[Exit, ...] = ()
-    """The ways out of a host run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """A way out of a host run: the index of its words, and the mnemonics of the lowered
-    instructions that are left undone there."""
-
-    words: int
-    left: tuple[str, ...]
+    host: HostRun | None = None
+    """What it is if the host does it."""
 
 
 @dataclass(slots=True)
@@ -101,6 +92,13 @@ class _Found:
     """Addresses of its instructions, then of what follows."""
     lowered: list[tuple[int, str]]
     """Number and mnemonic of each that is lowered."""
+
+    def places(self, linear: int, code: bytes) -> tuple[tuple[int, bytes, str], ...]:
+        """Of the lowered instructions: address, bytes, mnemonic. ``code``: from ``linear`` on."""
+        spans = [at - linear for at in self.starts]
+        return tuple(
+            (self.starts[n], code[spans[n] : spans[n + 1]], name) for n, name in self.lowered
+        )
 
     @property
     def left(self) -> list[tuple[str, ...]]:
@@ -190,9 +188,9 @@ class RunBuilder:
             room = self._room_for_jump(found.starts)
             if room is None:
                 return None
-            exits: tuple[Exit, ...] = ()
+            host: HostRun | None = None
             if insns:
-                pointer, exits = self._write_for_host(insns, found, counter)
+                pointer, host = self._write_for_host(insns, counter)
             else:
                 emitter.finish()
                 starts = found.starts
@@ -204,8 +202,8 @@ class RunBuilder:
                 self.jumps[linear + room[0]] = key
             if counter:
                 self._hidden.take_counter()
-            places = tuple((found.starts[number], name) for number, name in found.lowered)
-            run = self._runs[key] = Run(size, *_patch(*room, pointer), places, counter, exits)
+            places = found.places(linear, code)
+            run = self._runs[key] = Run(size, *_patch(*room, pointer), places, counter, host)
         return run
 
     def is_for_host(self, insn: Insn) -> bool:
@@ -258,16 +256,13 @@ class RunBuilder:
         return None if pointer is None else pointer + _POINTERS
 
     def _write_for_host(
-        self, insns: list[HostInsn], found: _Found, counter: int
-    ) -> tuple[int | None, tuple[Exit, ...]]:
+        self, insns: list[HostInsn], counter: int
+    ) -> tuple[int | None, HostRun | None]:
         assert self._host is not None
         made = self._host.write(insns, counter)
         if made is None:
             self.full = True
-            return None, ()
-        left = found.left
-        pointer, ways_out = made
-        return pointer, tuple(Exit(way.words, left[way.number]) for way in ways_out)
+        return made or (None, None)
 
     def _room_for_jump(self, starts: Sequence[int]) -> tuple[int, int] | None:
         """Offset of the jump in the patch, and how many idle prefixes it has.
@@ -286,7 +281,7 @@ class RunBuilder:
     def sites(self) -> Counter[str]:
         """How many instructions are lowered now, by mnemonic."""
         places = {place for run in self._runs.values() for place in run.places}
-        return Counter(name for _address, name in places)
+        return Counter(name for _address, _raw, name in places)
 
     def executions(self) -> Counter[str]:
         """How often lowered instructions ran, by mnemonic, if that is counted."""
@@ -299,15 +294,24 @@ class RunBuilder:
         if run.counter:
             times = self._hidden.count(run.counter)
             total.update(
-                {name: n * times for name, n in Counter(name for _at, name in run.places).items()}
+                {
+                    name: n * times
+                    for name, n in Counter(name for _address, _raw, name in run.places).items()
+                }
             )
-        host = self._host if run.counter else None
-        for way in run.exits if host else ():
-            assert host is not None
-            times = host.memory.words[way.words + 2]
-            total.subtract({name: n * times for name, n in Counter(way.left).items()})
-            gone, times = self._gone.get(way.words, ()), host.memory.words[way.words + 3]
-            total.subtract({name: n * times for name, n in Counter(gone).items()})
+            if run.host is not None:
+                self._take_off(total, run.host)
+
+    def _take_off(self, total: Counter[str], run: HostRun) -> None:
+        """What a host run did not do, because it was left before its end."""
+        assert self._host is not None
+        words, left = self._host.memory.words, _found_for_host(run.insns).left
+        for way in run.ways_out:
+            for times, names in (
+                (words[way.words + 2], left[way.number]),
+                (words[way.words + 3], self._gone.get(way.words, ())),
+            ):
+                total.subtract({name: n * times for name, n in Counter(names).items()})
 
     def leave(self, place: Place) -> None:
         """The guest goes on elsewhere, before it has run all that was counted."""
