@@ -192,6 +192,9 @@ class Operation(Handler):
         self.takes_flags = takes_flags
         self.measure = measure
 
+    def on_host(self, insn: Insn) -> bool:
+        return True
+
     def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
         bound = bind_operands(cpu, insn, len(self.operands))
         if bound is None:

@@ -75,6 +75,9 @@ class Cmpxchg(Handler):
     mnemonics = ("cmpxchg",)
     restartable = True
 
+    def on_host(self, insn: Insn) -> bool:
+        return True
+
     def bind(self, cpu: Cpu, insn: Insn) -> Action | None:
         bound = bind_operands(cpu, insn, 2)
         if bound is None:

@@ -10,7 +10,7 @@ from guests.load import Kind, detect, load_elf, load_raw, read_file
 from sandbox.cpu import Cpu
 from sandbox.decode import Insn
 from sandbox.engine.allowlist import NEVER_RUN
-from sandbox.engine.host_operands import vector_operands
+from sandbox.engine.host_operands import operands_instead
 from sandbox.engine.misread import MISREAD
 from sandbox.engine.unicorn_lowering import NOP
 from sandbox.errors import SandboxError
@@ -73,7 +73,7 @@ def _lowers(vm: Vm) -> Callable[[Insn], bool]:
         lowering = lowering_of(found[0], insn, host=settings.policy.host)
         if lowering is None:
             return False
-        on_host = lowering.on_host and vector_operands(insn.iced, insn.raw) and not traps(NOP)
+        on_host = lowering.on_host and operands_instead(insn.iced, insn.raw) and not traps(NOP)
         return bool(on_host) or (
             lowering.rule is not None and can_lower(insn.iced, lowering.rule, traps)
         )

@@ -26,13 +26,15 @@ from sandbox.subjects import HandlerTier, Lowered, Stage, without_avx512
 from tests.guest import BASE, machine, run_to_hlt
 
 PACKS = ("integer", "avx2")
+pytestmark = pytest.mark.usefixtures("lowering_mode")
 PARTS = 8
 """The forms are spread over so many tests."""
+Subjects = tuple[Lowered, HandlerTier]
 LAZY = (0x1F80, 0x3F80, 0x5F80, 0x7F80)
 
 
-@cache
-def subjects() -> tuple[Lowered, HandlerTier]:
+@pytest.fixture(scope="module")
+def subjects(lowering_mode: str) -> tuple[Lowered, HandlerTier]:
     handlers = Stage(PACKS)
     handlers.registers.xcr0 = 7
     return Lowered(Stage(PACKS, "verified")), HandlerTier(handlers)
@@ -49,9 +51,9 @@ def lowered_forms() -> list[int]:
     return found
 
 
-def differs(insn: Insn, state: State) -> str | None:
+def differs(subjects: Subjects, insn: Insn, state: State) -> str | None:
     """In what lowered code differs from the handler, but for what is lazy."""
-    lowered, handlers = subjects()
+    lowered, handlers = subjects
     mine, right = lowered.run(insn, state), handlers.run(insn, state)
     fault = right.fault
     trap = Trap(fault.vector, fault.error_code or 0, fault.address, 0, 0) if fault else None
@@ -61,8 +63,8 @@ def differs(insn: Insn, state: State) -> str | None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_form_does_what_its_handler_does(part: int) -> None:
-    lowered, _handlers = subjects()
+def test_every_form_does_what_its_handler_does(part: int, subjects: Subjects) -> None:
+    lowered, _handlers = subjects
     tried = 0
     for code in lowered_forms()[part::PARTS]:
         rng = random.Random(code)
@@ -71,12 +73,12 @@ def test_every_form_does_what_its_handler_does(part: int) -> None:
             if lowered.accepts(insn):
                 tried += 1
                 for state in Cases(insn, mxcsr=LAZY).take(3):
-                    assert differs(insn, without_avx512(state)) is None, insn.text(CODE)
+                    assert differs(subjects, insn, without_avx512(state)) is None, insn.text(CODE)
     assert tried > 100
 
 
-def test_most_of_avx_and_avx2_is_lowered() -> None:
-    lowered, _handlers = subjects()
+def test_most_of_avx_and_avx2_is_lowered(subjects: Subjects) -> None:
+    lowered, _handlers = subjects
     wanted = """VPADDD_YMM_YMM_YMMM256 VPXOR_YMM_YMM_YMMM256 VPCMPEQB_YMM_YMM_YMMM256
         VPMOVMSKB_R32_YMM VMOVDQU_YMM_YMMM256 VMOVDQU_YMMM256_YMM VPTEST_YMM_YMMM256
         VADDPD_YMM_YMM_YMMM256 VADDSD_XMM_XMM_XMMM64 VPERMQ_YMM_YMMM256_IMM8
@@ -152,7 +154,7 @@ class Program:
 
 
 @pytest.fixture(scope="module")
-def programs() -> tuple[Program, Program]:
+def programs(lowering_mode: str) -> tuple[Program, Program]:
     return Program(lowering=True), Program(lowering=False)
 
 
@@ -357,8 +359,8 @@ def test_a_guest_that_reads_its_lowered_code_sees_its_own_bytes() -> None:
         assert found.vm.memory.read(BASE, 64) == before
 
 
-def test_an_address_of_32_bits_does_not_wrap_within_an_operand() -> None:
+def test_an_address_of_32_bits_does_not_wrap_within_an_operand(subjects: Subjects) -> None:
     """The second half of [esi] at 4 GiB - 8 lies beyond it, not at 8."""
-    lowered, _handlers = subjects()
+    lowered, _handlers = subjects
     assert not lowered.accepts(decode(bytes.fromhex("67c5fe6f06"), 64))  # vmovdqu ymm0, [esi]
     assert lowered.accepts(decode(bytes.fromhex("67c5fa6f06"), 64))  # vmovdqu xmm0, [esi]

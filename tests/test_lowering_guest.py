@@ -34,6 +34,7 @@ from sandbox.vm import Vm
 from tests.guest import BASE, add_idt, enter_user_mode, machine, own_tables, run_to_hlt
 
 PACKS = ("integer", "avx2", "system")
+pytestmark = pytest.mark.usefixtures("lowering_mode")
 EDGE = 0x4000_0000
 """A page after which nothing is mapped."""
 HANDLER = BASE + 0x800
@@ -359,7 +360,7 @@ again:
     jnz again
     hlt
 """
-COUNT = 400_000
+COUNT = 2_000_000
 
 
 def test_a_stop_at_any_time_finds_the_guest_between_two_instructions() -> None:
@@ -567,7 +568,8 @@ def test_under_the_guests_own_page_tables_the_addresses_are_the_guests() -> None
 
 
 def test_hidden_memory_that_is_used_up_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hidden, "CODE_BYTES", 2 * PAGE_SIZE)
+    monkeypatch.setattr(hidden, "_CODE_LIMIT", 2 * PAGE_SIZE)
+    monkeypatch.setattr(hidden, "HOST_ENTRIES", 40)
     body = "\n".join(
         f"vpsubd ymm{n % 6 + 1}, ymm{n % 5 + 1}, ymm0\n jmp l{n}\nl{n}:" for n in range(120)
     )
@@ -624,7 +626,7 @@ def test_a_policy_file_switches_lowering_off() -> None:
 
 
 def test_what_the_policy_traps_is_not_used_in_lowered_code() -> None:
-    text = 'extends = "verified"\n[[rule]]\naction = "trap"\nmnemonic = ["paddd"]\n'
+    text = 'extends = "verified"\nhost = false\n[[rule]]\naction = "trap"\nmnemonic = ["paddd"]\n'
     source = "vpaddd ymm0, ymm0, ymm0\n vpsubd ymm0, ymm0, ymm0\n hlt"
     with machine(source, policy=Policy.parse(text), handlers=PACKS) as found:
         run_to_hlt(found)

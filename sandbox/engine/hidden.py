@@ -26,9 +26,10 @@ from sandbox.registers import Registers
 
 _CODE_BASE: Final = 0x48_0000_0000
 _DATA_BASE: Final = 0x49_0000_0000
-CODE_BYTES: Final = 4 << 20
-HOST_ENTRIES: Final = 1 << 16
-"""Places where a host run is called."""
+CODE_BYTES: Final = (4 << 20) - (9 << 12)
+HOST_ENTRIES: Final = 255 << 8
+"""Places where a host run is called. The first of them, the state page and the first code are in
+use at once, so no two of them are at a distance that is a multiple of a TLB's pages."""
 _HOST_ENTRY_BYTES: Final = 16
 PER_PAGE: Final = PAGE_SIZE // _HOST_ENTRY_BYTES
 """The last of so many in each page is the way back."""

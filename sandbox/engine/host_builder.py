@@ -13,9 +13,10 @@ from sandbox.decode import Insn, decode
 from sandbox.engine.hidden import HiddenMemory, Place
 from sandbox.engine.host_operands import (
     Flags,
+    Kind,
     host_features,
+    operands_instead,
     operands_on_the_way,
-    vector_operands,
 )
 from sandbox.engine.host_run import (
     MAX_INSNS,
@@ -23,7 +24,6 @@ from sandbox.engine.host_run import (
     HostMemory,
     HostRun,
     Where,
-    is_zeroing,
 )
 from sandbox.engine.unicorn_layout import layout, state_address
 from sandbox.engine.unicorn_library import UC_HOOK_CODE, library
@@ -81,30 +81,30 @@ class HostBuilder:
 
     def accepts(self, insn: Insn) -> bool:
         """Whether the host does a trapped instruction."""
-        return self._wanted(insn) and vector_operands(insn.iced, insn.raw) is not None
+        return self._wanted(insn) and operands_instead(insn.iced, insn.raw) is not None
 
     def collect(self, linear: int, code: bytes) -> list[HostInsn]:
         """The instructions from the beginning of ``code`` on that one host run can do."""
         found: list[HostInsn] = []
         decoder = Decoder(64, code, ip=linear)
-        has_flags = False
+        knows_flags = False
         while len(found) < MAX_INSNS and decoder.can_decode:
             at = decoder.position
             insn = decoder.decode()
             if insn.is_invalid:
                 break
             item = self._item(insn, decode(code[at : decoder.position], 64))
-            if item is None or (item.operands.flags is Flags.USED and not has_flags):
+            if item is None or (item.operands.flags is Flags.USED and not knows_flags):
                 break
-            has_flags = _keeps_flags(item) and (has_flags or item.operands.flags is Flags.SET)
+            knows_flags = knows_flags or item.operands.flags is Flags.SET
             found.append(item)
-            if item.operands.is_jump or len(found) - _end(found) > MAX_ON_THE_WAY:
+            if item.operands.ends or len(found) - _end(found) > MAX_ON_THE_WAY:
                 break
         return found[: _end(found)]
 
     def _item(self, insn: Instruction, raw: Insn) -> HostInsn | None:
         if self._traps(raw):
-            operands = vector_operands(insn, raw.raw) if self._wanted(raw) else None
+            operands = operands_instead(insn, raw.raw) if self._wanted(raw) else None
             return HostInsn(insn, operands, raw, lowered=True) if operands else None
         operands = operands_on_the_way(insn, raw.raw)
         return HostInsn(insn, operands, raw, lowered=False) if operands else None
@@ -168,14 +168,6 @@ def _end(found: list[HostInsn]) -> int:
     """How many are worth it: up to the last vector instruction, and a jump not far behind it."""
     last = max((at for at, item in enumerate(found) if item.lowered), default=-1)
     for at, item in enumerate(found[last + 1 :], last + 1):
-        if item.operands.is_jump or item.operands.condition:
+        if item.operands.ends or item.operands.kind is Kind.BRANCH:
             return at + 1 if last >= 0 else 0
     return last + 1
-
-
-def _keeps_flags(item: HostInsn) -> bool:
-    """Whether the host's flags are still what they were before: looking for memory changes them."""
-    if item.operands.flags is Flags.SET:
-        return True
-    memory = item.operands.memory
-    return not (memory and memory.size) and not is_zeroing(item)

@@ -22,7 +22,6 @@ RETURN: Final = b"\xc3"
 ZERO_UPPERS: Final = bytes.fromhex("c5f877")  # vzeroupper
 _HOST_MXCSR, _GUEST_MXCSR, _ROUNDS = -16, -12, -24
 """Offsets from RSP, in the red zone, below what PUSHFQ writes."""
-_STATUS_FLAGS: Final = 0x8D5
 _CC_OP_EFLAGS: Final = 1
 """QEMU's name for "the flags are what ``cc_src`` says"."""
 _HFLAGS_TS: Final = 1 << 11
@@ -201,13 +200,24 @@ JUMP_BYTES: Final = 5
 # -- flags ----------------------------------------------------------------------------------------
 
 
-def keep_flags(cc_source: int, cc_operation: int) -> bytes:
-    """The host's status flags become the guest's. They, and RAX, are changed."""
+def keep_flags(flags: int, cc_source: int, cc_operation: int) -> bytes:
+    """Of the host's status flags, ``flags`` become the guest's. They, and RAX, are changed."""
     return b"".join((
         b"\x9c\x58",  # pushfq; pop rax
-        b"\x25", _i32(_STATUS_FLAGS),  # and eax, flags
+        b"\x25", _i32(flags),  # and eax, flags
         b"\x48\x89\x82", _i32(cc_source),  # mov [rdx + cc_source], rax
         b"\xc7\x82", _i32(cc_operation), _i32(_CC_OP_EFLAGS),  # mov dword [rdx + ..], 1
+    ))  # fmt: skip
+
+
+def take_flags(cc_source: int) -> bytes:
+    """The guest's status flags, which :func:`keep_flags` left there, become the host's."""
+    return b"".join((
+        b"\x0f\xb6\x82", _i32(cc_source + 1),  # movzx eax, byte [rdx + cc_source + 1]
+        b"\xc1\xe8\x03\x83\xe0\x01",  # shr eax, 3; and eax, 1: OF
+        b"\x04\x7f",  # add al, 127: OF is set if it was 1
+        b"\x8a\xa2", _i32(cc_source),  # mov ah, [rdx + cc_source]
+        b"\x9e",  # sahf: the others
     ))  # fmt: skip
 
 
@@ -227,6 +237,20 @@ def set_rounds(count: int) -> bytes:
 def count_round() -> bytes:
     """DEC DWORD [rsp - 24]: zero after the last."""
     return b"\xff\x4c\x24" + _i8(_ROUNDS)
+
+
+# -- the stack ------------------------------------------------------------------------------------
+
+
+def add_to_state(offset: int, value: int) -> bytes:
+    """ADD QWORD [rdx + offset], value."""
+    return b"\x48\x83\x82" + _i32(offset) + _i8(value)
+
+
+LOAD_R10: Final = b"\x4c\x8b\x16"
+"""MOV R10, [rsi]"""
+STORE_R10: Final = b"\x4c\x89\x16"
+RAX_FROM_R10: Final = b"\x4c\x89\xd0"
 
 
 # -- MXCSR ----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from iced_x86 import (
     Instruction,
     InstructionInfoFactory,
     MemorySizeExt,
+    Mnemonic,
     OpAccess,
     OpKind,
     Register,
@@ -30,15 +31,20 @@ from iced_x86 import (
 )
 
 from sandbox.decode import FEATURE_NAMES, FORM_NAMES, MNEMONIC_NAMES
+from sandbox.engine import host_code as hc
+from sandbox.registers import AF, CF, OF, PF, SF, ZF
 
 _registers: Any = RegisterExt  # its functions take numbers too, as instructions give them
-_FEATURES: Final = frozenset("avx avx2 fma f16c aes vaes pclmulqdq vpclmulqdq gfni".split())
-"""What vector instructions may need, as Linux names it."""
+_FEATURES: Final = frozenset(
+    "avx avx2 fma f16c aes vaes pclmulqdq vpclmulqdq gfni bmi1 bmi2 popcnt movbe".split()
+)
+"""What instructions may need, as Linux names it."""
+STATUS_FLAGS: Final = CF | PF | AF | ZF | SF | OF
 _NOT: Final = (
-    "vrcp", "vrsqrt", "vgather", "vpgather", "vmaskmov", "vpmaskmov", "vptest", "vtest", "vcomis",
-    "vucomis", "vpcmpestr", "vpcmpistr", "vldmxcsr", "vstmxcsr",
+    "vrcp", "vrsqrt", "vgather", "vpgather", "vmaskmov", "vpmaskmov", "vpcmpestr", "vpcmpistr",
+    "vldmxcsr", "vstmxcsr",
 )  # fmt: skip
-"""Beginnings of mnemonics: approximations, several memory accesses, flags, hidden operands."""
+"""Beginnings of mnemonics: approximations, several memory accesses, hidden operands."""
 _ALIGNED: Final = frozenset("vmovaps vmovapd vmovdqa vmovntps vmovntpd vmovntdq vmovntdqa".split())
 _NO_MXCSR: Final = (
     "vp", "vmov", "vand", "vor", "vxor", "vshuf", "vblend", "vbroadcast", "vextract", "vinsert",
@@ -51,14 +57,26 @@ _READS: Final = frozenset(
 _WRITES: Final = frozenset((OpAccess.WRITE, OpAccess.READ_WRITE))
 _ON_THE_WAY: Final = frozenset(
     "mov movzx movsx movsxd lea add sub and or xor cmp test not neg inc dec shl shr sar nop "
-    "endbr64 bswap shlx shrx sarx rorx andn adc sbb".split()
+    "endbr64 bswap shlx shrx sarx rorx adc sbb tzcnt popcnt blsr blsi blsmsk pext pdep movbe push "
+    "pop".split()
 )
+"""Allowed instructions that may stand between vector instructions. Not those whose undefined flags
+Unicorn derives from the result."""
+_DEFINED: Final = {
+    **dict.fromkeys("shl shr sar".split(), CF | PF | ZF | SF | OF),
+    **dict.fromkeys("blsr blsi blsmsk".split(), CF | ZF | SF | OF),
+    "tzcnt": CF | ZF,
+}
+"""The status flags of those that leave others undefined: these are 0 then, as in Unicorn. (What
+logical operations do to AF is undefined too, but all processors clear it.)"""
+_INSTEAD_OF_HANDLERS: Final = frozenset("bzhi cmpxchg".split())
+"""Instructions on general registers that the host may do although they are trapped."""
 _IDLE: Final = frozenset(("nop", "endbr64"))
 _ARITHMETIC_FLAGS: Final = (
     RflagsBits.CF | RflagsBits.PF | RflagsBits.AF | RflagsBits.ZF | RflagsBits.SF | RflagsBits.OF
 )
-HOST_GENERAL: Final = ("r10", "r11", "rcx")
-"""What stands for the general registers among the operands, in their order."""
+HOST_GENERAL: Final = ("r10", "r11", "rcx", "rax")
+"""What stands for the general registers among the operands, in their order; RAX for itself."""
 _HOST_GENERAL: Final = {
     1: (Register.R10L, Register.R11L, Register.CL),
     2: (Register.R10W, Register.R11W, Register.CX),
@@ -107,6 +125,22 @@ class Flags(Enum):
     """All are written, whatever they were."""
 
 
+class Kind(Enum):
+    """What is special about an instruction."""
+
+    PLAIN = auto()
+    IDLE = auto()
+    BRANCH = auto()
+    """A conditional jump."""
+    JUMP = auto()
+    CALL = auto()
+    RETURN = auto()
+    PUSH = auto()
+    POP = auto()
+    ZERO_UPPERS = auto()
+    ZERO_ALL = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Operands:
     """What an instruction works on, and how it is written for the host."""
@@ -119,10 +153,16 @@ class Operands:
     """The instruction with its memory operand at [rsi] and general registers of the host's."""
     uses_mxcsr: bool
     flags: Flags
+    kept: int = STATUS_FLAGS
+    """Which of the host's flags become the guest's."""
+    kind: Kind = Kind.PLAIN
     condition: int = 0
-    """Of a conditional jump: the last four bits of its opcode, plus 16."""
-    is_jump: bool = False
-    """Whether the host run ends here, and goes on at the target."""
+    """Of a conditional jump: the last four bits of its opcode."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether the host run ends with it."""
+        return self.kind in (Kind.JUMP, Kind.CALL, Kind.RETURN)
 
 
 @lru_cache(maxsize=1)
@@ -146,47 +186,74 @@ def is_exact(mnemonic: int, encoding: int) -> bool:
 
 
 _INFO = InstructionInfoFactory()
-_VECTORS: dict[bytes, Operands | None] = {}
-_OTHERS: dict[bytes, Operands | None] = {}
+_INSTEAD: dict[bytes, Operands | None] = {}
+_ON_WAY: dict[bytes, Operands | None] = {}
 
 
-def vector_operands(insn: Instruction, raw: bytes) -> Operands | None:
-    """What a vector instruction works on; None if the host cannot do it. ``raw``: its bytes."""
-    if raw not in _VECTORS:
-        _VECTORS[raw] = _analyse_vector(insn)
-    return _VECTORS[raw]
+def operands_instead(insn: Instruction, raw: bytes) -> Operands | None:
+    """What a trapped instruction works on; None if the host cannot do it. ``raw``: its bytes."""
+    if raw not in _INSTEAD:
+        _INSTEAD[raw] = _analyse_trapped(insn)
+    return _INSTEAD[raw]
 
 
 def operands_on_the_way(insn: Instruction, raw: bytes) -> Operands | None:
-    """What an instruction between vector instructions works on; None if a host run ends there."""
-    if raw not in _OTHERS:
-        _OTHERS[raw] = _analyse_other(insn)
-    return _OTHERS[raw]
+    """What an allowed instruction works on; None if a host run ends there."""
+    if raw not in _ON_WAY:
+        _ON_WAY[raw] = _analyse_allowed(insn)
+    return _ON_WAY[raw]
 
 
-def _analyse_vector(insn: Instruction) -> Operands | None:
-    if not is_exact(insn.mnemonic, insn.encoding):
-        return None
-    needed = {FEATURE_NAMES[feature].lower() for feature in insn.cpuid_features()}
-    return _analyse(insn) if needed <= _FEATURES & host_features() else None
-
-
-def _analyse_other(insn: Instruction) -> Operands | None:
+def _analyse_trapped(insn: Instruction) -> Operands | None:
     name = MNEMONIC_NAMES[insn.mnemonic]
+    if name not in _INSTEAD_OF_HANDLERS and not is_exact(insn.mnemonic, insn.encoding):
+        return None
+    if name == "vzeroupper" or name == "vzeroall":
+        kind = Kind.ZERO_UPPERS if name == "vzeroupper" else Kind.ZERO_ALL
+        return _special(kind) if host_features() >= {"avx"} else None
+    return _analyse(insn) if _has_features(insn) else None
+
+
+def _analyse_allowed(insn: Instruction) -> Operands | None:
+    name, near = MNEMONIC_NAMES[insn.mnemonic], insn.op0_kind == OpKind.NEAR_BRANCH64
     if name in _IDLE:
-        return Operands((), (), None, b"", False, Flags.KEPT)
+        return _special(Kind.IDLE)
     if insn.flow_control == FlowControl.CONDITIONAL_BRANCH and insn.is_jcc_short_or_near:
-        return Operands((), (), None, b"", False, Flags.USED, insn.condition_code - 1 | 16)
-    if (
-        insn.flow_control == FlowControl.UNCONDITIONAL_BRANCH
-        and insn.op0_kind == OpKind.NEAR_BRANCH64
-    ):
-        return Operands((), (), None, b"", False, Flags.KEPT, is_jump=True)
+        return _special(Kind.BRANCH, Flags.USED, condition=insn.condition_code - 1)
+    if insn.flow_control == FlowControl.UNCONDITIONAL_BRANCH and near:
+        return _special(Kind.JUMP)
+    if insn.flow_control == FlowControl.CALL and near:
+        return _special(Kind.CALL, memory=Memory(8, 1, written=True))
+    if insn.code == Code.RETNQ:
+        return _special(Kind.RETURN, memory=Memory(8, 1, written=False))
     known = name in _ON_THE_WAY or name.startswith(("set", "cmov"))
     if not known or insn.has_lock_prefix or insn.flow_control != FlowControl.NEXT:
         return None
+    if insn.is_stack_instruction:
+        return _stack(insn)
+    return _analyse(insn) if _has_features(insn) else None
+
+
+def _special(
+    kind: Kind, flags: Flags = Flags.KEPT, memory: Memory | None = None, condition: int = 0
+) -> Operands:
+    return Operands((), (), memory, b"", False, flags, STATUS_FLAGS, kind, condition)
+
+
+def _stack(insn: Instruction) -> Operands | None:
+    """PUSH and POP of a register of 64 bits."""
+    if insn.code not in (Code.PUSH_R64, Code.POP_R64) or insn.op0_register == Register.RSP:
+        return None
+    pushes = insn.code == Code.PUSH_R64
+    general = General(_registers.number(insn.op0_register), pushes, not pushes)
+    memory, kind = Memory(8, 1, written=pushes), Kind.PUSH if pushes else Kind.POP
+    code = hc.STORE_R10 if pushes else hc.LOAD_R10
+    return Operands((), (general,), memory, code, False, Flags.KEPT, STATUS_FLAGS, kind)
+
+
+def _has_features(insn: Instruction) -> bool:
     needed = {FEATURE_NAMES[feature].lower() for feature in insn.cpuid_features()}
-    return _analyse(insn) if needed - host_features() <= _PLAIN else None
+    return needed - _PLAIN <= _FEATURES & host_features()
 
 
 _PLAIN: Final = frozenset(("x64", "cmov", *(f"intel{n}86" for n in "80 1 2 3 4".split())))
@@ -208,7 +275,7 @@ def _analyse(insn: Instruction) -> Operands | None:
             register = insn.op_register(at)
             if _registers.is_xmm(register) or _registers.is_ymm(register):
                 vectors.append(_vector(register, access))
-            elif not _is_general(register):
+            elif not _is_general(register) or len(generals) == len(HOST_GENERAL) - 1:
                 return None
             else:
                 place = _add(generals, _general(register, access))
@@ -218,8 +285,21 @@ def _analyse(insn: Instruction) -> Operands | None:
     code = _encode(host)
     if code is None:
         return None
+    if insn.mnemonic == Mnemonic.CMPXCHG and not _add_accumulator(generals):
+        return None
     uses_mxcsr = bool(vectors) and not MNEMONIC_NAMES[insn.mnemonic].startswith(_NO_MXCSR)
-    return Operands(tuple(vectors), tuple(generals), memory, code, uses_mxcsr, _flags(insn))
+    kept = _DEFINED.get(MNEMONIC_NAMES[insn.mnemonic], STATUS_FLAGS)
+    return Operands(tuple(vectors), tuple(generals), memory, code, uses_mxcsr, _flags(insn), kept)
+
+
+def _add_accumulator(generals: list[General]) -> bool:
+    """Have RAX for itself as the last; False if it is an operand too."""
+    if any(general.number == 0 for general in generals):
+        return False
+    while len(generals) < len(HOST_GENERAL) - 1:
+        generals.append(General(0, read=False, written=False))
+    generals.append(General(0, read=True, written=True))
+    return True
 
 
 def _add(generals: list[General], one: General) -> int:
@@ -269,10 +349,11 @@ def _memory(insn: Instruction, access: int) -> Memory | None:
     if access == OpAccess.NO_MEM_ACCESS:
         return Memory(0, 1, written=False)
     size = MemorySizeExt.size(insn.memory_size)
-    if not size or access in _MAY_WRITE or access == OpAccess.READ_WRITE:
+    if not size:
         return None
-    alignment = size if MNEMONIC_NAMES[insn.mnemonic] in _ALIGNED else 1
-    return Memory(size, alignment, access in _WRITES)
+    aligned = insn.has_lock_prefix or MNEMONIC_NAMES[insn.mnemonic] in _ALIGNED
+    alignment = size if aligned else 1  # a host may not like locked accesses over two lines
+    return Memory(size, alignment, access in _WRITES or access in _MAY_WRITE)
 
 
 def _flags(insn: Instruction) -> Flags:

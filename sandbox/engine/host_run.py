@@ -23,12 +23,12 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
-from iced_x86 import Instruction, Mnemonic, Register, RegisterExt
+from iced_x86 import Instruction, Register, RegisterExt
 
 from sandbox.decode import Insn
 from sandbox.engine import host_code as hc
 from sandbox.engine.hidden import HOST_ENTRIES, PER_PAGE, HiddenMemory
-from sandbox.engine.host_operands import HOST_GENERAL, Flags, Operands
+from sandbox.engine.host_operands import HOST_GENERAL, STATUS_FLAGS, Flags, Kind, Operands
 from sandbox.engine.unicorn_layout import SEGMENT_BYTES, Layout
 from sandbox.engine.unicorn_tlb import TlbLayout
 from sandbox.lowering import (
@@ -52,6 +52,8 @@ _MOST_CODE: Final = MAX_INSNS * 512
 """More bytes than a run ever takes."""
 _SEGMENT_BASES: Final = {Register.FS: 4, Register.GS: 5}
 _VECTOR_BYTES: Final = 64
+_RSP: Final = 4
+_STACK_CHANGE: Final = {Kind.PUSH: -8, Kind.POP: 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +207,13 @@ class HostRun:
         self._loaded: dict[int, bool] = {}
         """Vector registers that are loaded, and whether their upper half is."""
         self._dirty: set[int] = set()
-        self._in_mxcsr = self._has_flags = False
+        self._in_mxcsr = False
+        self._has_flags = False
+        """Whether the host's status flags are the guest's, which do not have them yet."""
         self._exits: list[_Exit] = []
         self.ways_out: list[WayOut] = []
         self._start = insns[0].insn.ip
-        self._loops = self._start in map(_target, insns) and not any(map(is_zeroing, insns))
+        self._loops = self._start in map(_target, insns) and not any(map(_zeroes, insns))
         self._top = 0
 
     def assemble(self, following: int = 0) -> bytes:
@@ -217,23 +221,25 @@ class HostRun:
         self._begin()
         for number, item in enumerate(self.insns):
             self._points.append(_Point(self._size, dict(self._loaded), self._in_mxcsr))
-            if item.operands.condition:
-                self._branch(number, item)
-            elif item.operands.is_jump:
-                break
-            else:
-                self._run(number, item)
-        last = self.insns[-1]
-        target = _target(last) if last.operands.is_jump else last.insn.next_ip
-        self._leave(following or target or 0)
+            match item.operands.kind:
+                case Kind.BRANCH:
+                    self._branch(number, item)
+                case Kind.ZERO_UPPERS | Kind.ZERO_ALL:
+                    self._zero(keep_low=item.operands.kind is Kind.ZERO_UPPERS)
+                case Kind.CALL | Kind.RETURN:
+                    self._point_to_memory(number, item)
+                case Kind.PLAIN | Kind.PUSH | Kind.POP:
+                    self._run(number, item)
+        self._end(self.insns[-1], following)
         self._end_exits()
         return b"".join(self._parts)
 
     def reenter(self, number: int) -> bytes | None:
         """Code that goes on with an instruction of the written run, because hidden code has done
-        the one before; None if that set flags that are used. Not if that has changed code."""
-        if self.insns[number].operands.flags is Flags.USED:
-            return None
+        the one before; None if that one changes flags. If that has changed code, the guest goes on
+        by itself."""
+        if self.insns[number - 1].operands.flags is not Flags.KEPT:
+            return None  # Unicorn has them in a form of its own
         self._parts, self._size, self._exits = [], 0, []
         point, done = self._points[number], self.insns[number - 1]
         self._dirty, self._loaded, self._in_mxcsr, self._has_flags = set(), {}, False, False
@@ -293,12 +299,22 @@ class HostRun:
                 if vector.written:
                     self._dirty.add(vector.number)
 
+    def _end(self, last: HostInsn, following: int) -> None:
+        """Go on behind the last instruction, or where it jumps to."""
+        stack = self._where.layout.gpr + 8 * _RSP
+        if last.operands.kind is Kind.CALL:
+            self._emit(hc.set_r10(last.insn.next_ip), hc.STORE_R10, hc.add_to_state(stack, -8))
+        if last.operands.kind is Kind.RETURN:
+            self._emit(hc.LOAD_R10, hc.add_to_state(stack, 8))
+            self._emit(*self._stores(self._dirty, self._in_mxcsr), hc.RAX_FROM_R10)
+            self._emit(hc.set_next(NEXT_OFFSET, EXECUTED_OFFSET), hc.RETURN)
+            return
+        ends = last.operands.kind in (Kind.JUMP, Kind.CALL)
+        self._leave(following or (_target(last) if ends else None) or last.insn.next_ip)
+
     # -- instructions ---------------------------------------------------------------------------
 
     def _run(self, number: int, item: HostInsn) -> None:
-        if is_zeroing(item):
-            self._zero(keep_low=item.insn.mnemonic == Mnemonic.VZEROUPPER)
-            return
         operands, layout = item.operands, self._where.layout
         if operands.memory:
             self._point_to_memory(number, item)
@@ -309,6 +325,8 @@ class HostRun:
         for general, name in generals:
             if general.read:
                 self._emit(hc.load_state(name, layout.gpr + 8 * general.number))
+        if operands.flags is Flags.USED and not self._has_flags:
+            self._emit(hc.take_flags(layout.cc_source))
         self._emit(operands.code)
         for vector in operands.vectors:
             if vector.written:  # VEX: what is beyond the result becomes 0
@@ -317,7 +335,12 @@ class HostRun:
         for general, name in generals:
             if general.written:
                 self._emit(hc.store_state(name, layout.gpr + 8 * general.number))
-        self._has_flags = self._has_flags or operands.flags is Flags.SET
+        if operands.kind in _STACK_CHANGE:
+            self._emit(hc.add_to_state(layout.gpr + 8 * _RSP, _STACK_CHANGE[operands.kind]))
+        if operands.flags is not Flags.KEPT:
+            self._has_flags = operands.kept == STATUS_FLAGS
+            if not self._has_flags:
+                self._emit(self._kept_flags(operands.kept))
 
     def _load(self, n: int, whole: bool) -> None:
         if n not in self._loaded:
@@ -351,6 +374,11 @@ class HostRun:
 
     def _linear_address(self, insn: Instruction) -> Iterator[bytes]:
         """RSI becomes the linear address of the memory operand."""
+        if insn.is_stack_instruction:
+            yield hc.load_state("rsi", self._where.layout.gpr + 8 * _RSP)
+            if insn.stack_pointer_increment < 0:
+                yield hc.add_displacement(insn.stack_pointer_increment)
+            return
         yield from self._base_and_index(insn)
         segment = _SEGMENT_BASES.get(insn.segment_prefix)
         if segment is not None:
@@ -390,11 +418,11 @@ class HostRun:
 
     def _keep_flags(self) -> None:
         if self._has_flags:
-            self._emit(self._kept_flags())
+            self._emit(self._kept_flags(STATUS_FLAGS))
             self._has_flags = False
 
-    def _kept_flags(self) -> bytes:
-        return hc.keep_flags(self._where.layout.cc_source, self._where.layout.cc_operation)
+    def _kept_flags(self, flags: int) -> bytes:
+        return hc.keep_flags(flags, self._where.layout.cc_source, self._where.layout.cc_operation)
 
     # -- ways out -------------------------------------------------------------------------------
 
@@ -406,8 +434,11 @@ class HostRun:
         self._exit_if(hc.NOT_ZERO, words, None)
 
     def _branch(self, number: int, item: HostInsn) -> None:
+        if not self._has_flags:
+            self._emit(hc.take_flags(self._where.layout.cc_source))
+            self._has_flags = True
         words = self._count_way_out(number + 1)
-        self._exit_if(item.operands.condition & 15, words, _target(item))
+        self._exit_if(item.operands.condition, words, _target(item))
 
     def _count_way_out(self, number: int) -> int:
         """The index of words that count how often the run is left before an instruction; 0 if
@@ -483,10 +514,9 @@ class HostRun:
 
 def _target(item: HostInsn) -> int | None:
     """Where a jump leads."""
-    operands = item.operands
-    return item.insn.near_branch_target if operands.condition or operands.is_jump else None
+    jumps = item.operands.kind in (Kind.BRANCH, Kind.JUMP, Kind.CALL)
+    return item.insn.near_branch_target if jumps else None
 
 
-def is_zeroing(item: HostInsn) -> bool:
-    """Whether it is VZEROUPPER or VZEROALL."""
-    return item.insn.mnemonic in (Mnemonic.VZEROUPPER, Mnemonic.VZEROALL)
+def _zeroes(item: HostInsn) -> bool:
+    return item.operands.kind in (Kind.ZERO_UPPERS, Kind.ZERO_ALL)

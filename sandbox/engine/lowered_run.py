@@ -241,6 +241,8 @@ class RunBuilder:
             self._gone[words] = after
             here, after, following = here[: len(here) - len(after)], (), item.insn.next_ip
         emitter, done = Emitter(self._hidden.state), 1
+        if item.operands.ends:
+            return item.insn.ip  # the guest's own
         try:
             if not item.lowered:
                 emitter.copy(item.insn)

@@ -22,6 +22,7 @@ from sandbox.engine.allowlist import Allowlist, Patch
 from sandbox.engine.hidden import Place
 from sandbox.engine.patched import PatchedBlocks
 from sandbox.engine.protocol import Stop
+from sandbox.engine.unicorn_layout import state_address
 from sandbox.engine.unicorn_library import (
     UC_ERR_FETCH_PROT,
     UC_ERR_FETCH_UNMAPPED,
@@ -43,6 +44,7 @@ from sandbox.engine.unicorn_library import (
 )
 from sandbox.engine.unicorn_lowering import RuleOf, UnicornLowering
 from sandbox.engine.unicorn_state import CR0_PG, UnicornBank
+from sandbox.engine.unicorn_tlb import is_nearly_full, tlb_layout
 from sandbox.errors import EngineError
 from sandbox.exits import Exit, RunPage
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
@@ -387,14 +389,16 @@ class UnicornEngine:
 
         QEMU doubles a TLB that it finds more than 70 % full when it is flushed, and only then;
         without flushes it keeps 256 entries, and a guest under paging pays a page walk for most
-        accesses beyond 1 MiB. So it is flushed at each of the first stops, then seldom, since the
-        entries in use have to be walked again.
+        accesses beyond 1 MiB. One that is not so full would be made smaller. So a full one is
+        flushed at the first stops, then seldom, since what is in use has to be walked again.
         """
         now = time.monotonic()
         if self._flushes < FIRST_FLUSHES or now >= self._next_flush:
             self._flushes += 1
             self._next_flush = now + FLUSH_SECONDS
-            self._bank.flush_tlb()
+            found = tlb_layout()
+            if found is None or is_nearly_full(state_address(self._handle), found):
+                self._bank.flush_tlb()
 
     def sync(self) -> None:
         if self._lowering is not None:

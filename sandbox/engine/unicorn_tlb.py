@@ -148,3 +148,24 @@ def tlb_layout() -> TlbLayout | None:
         return _discover()
     except EngineError:
         return None
+
+
+def is_nearly_full(state: int, found: TlbLayout) -> bool:
+    """Whether QEMU would double one of the TLBs at the next flush: more than 70 % are in use.
+
+    ``state``: host address of the CPU state, which must not be running.
+    """
+    return any(_share(state + found.fast + n * FAST_BYTES, found) > 0.7 for n in (1, 2))
+
+
+def _share(descriptor: int, found: TlbLayout) -> float:
+    mask, table = struct.unpack("<2Q", ctypes.string_at(descriptor, FAST_BYTES))
+    count = (mask >> found.entry_bits) + 1
+    words = memoryview((ctypes.c_char * (count << found.entry_bits)).from_address(table))
+    step = (1 << found.entry_bits) // 8
+    tags: list[int] = words.cast("B").cast("Q")[found.read // 8 :: step].tolist()
+    return 1 - tags.count(_NOTHING) / count
+
+
+_NOTHING: Final = (1 << 64) - 1
+"""What stands in an entry for nothing."""
