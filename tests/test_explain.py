@@ -168,11 +168,20 @@ def test_bytes_that_only_a_handler_knows_are_an_instruction(
         ('extends = "verified"', "long", "c5fdfec1", "lowered"),
         ('extends = "verified"\nlowering = false', "long", "c5fdfec1", "trap"),
         ('extends = "verified"', "protected", "c5fdfec1", "trap"),
-        ('extends = "verified"\nfloat_flags = "exact"', "long", "c5fc58c1", "trap"),
+        ('extends = "verified"\nhost = false\nfloat_flags = "exact"', "long", "c5fc58c1", "trap"),
         ('extends = "verified"', "long", "c5fc58c1", "lowered"),
         ('extends = "verified"', "long", "c4e379600607", "trap"),
+        ('extends = "kvm-emulator"', "long", "c5fdfec1", "trap"),
     ],
-    ids=["vpaddd", "switched off", "32-bit", "addps is trapped", "vaddps", "vpcmpestrm"],
+    ids=[
+        "vpaddd",
+        "switched off",
+        "32-bit",
+        "addps is trapped",
+        "vaddps",
+        "vpcmpestrm",
+        "paddd is trapped",
+    ],
 )
 def test_what_is_lowered_is_told_apart(
     policy: str,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.engine.host_operands import host_features
 from tests.command import Command, Ended
 
 DIVIDE = "mov rdi, 0x8000\nmov dword ptr [rdi], 0x3f800000\nmov dword ptr [rdi + 4], 0x40400000\n"
@@ -37,7 +38,7 @@ def run(sandbox: Command, folder: Path, what: str, *options: str) -> tuple[Ended
 def test_flags_that_were_not_tracked_are_told_once_everywhere(
     what: str, sandbox: Command, tmp_path: Path
 ) -> None:
-    ended, notices = run(sandbox, tmp_path, what, "--trace")
+    ended, notices = run(sandbox, tmp_path, what, "--trace", "--no-host")
     (notice,) = notices
     assert isinstance(notice, dict)
     text = f"notice: {notice['rip']}: {notice['text']}"
@@ -47,6 +48,11 @@ def test_flags_that_were_not_tracked_are_told_once_everywhere(
     reader = next(n for n, line in enumerate(lines) if READERS[what] in line)
     assert reader < first == reader + 1, "in the trace, behind the instruction that reads"
     assert lines[first:last], "and in the summary"
+
+
+@pytest.mark.skipif(not host_features() >= {"avx2"}, reason="the host's CPU has no AVX2")
+def test_the_hosts_cpu_leaves_no_flag_out(sandbox: Command, tmp_path: Path) -> None:
+    assert run(sandbox, tmp_path, "MXCSR after lowered code")[1] == []
 
 
 @pytest.mark.parametrize("what", GUESTS)
