@@ -46,6 +46,8 @@ PRECOMPUTATION = IE | DE | ZE
 _MP, _EM, _TS, _NE = 2, 4, 8, 0x20
 _ST: Final = tuple(f"st{i}" for i in range(8))
 _EMPTY: Final = 3
+_APPROXIMATE: Final = frozenset("fsin fcos fsincos fptan fpatan f2xm1 fyl2x fyl2xp1".split())
+"""The last bit is not the same on every CPU."""
 
 
 class Stop(Exception):
@@ -282,6 +284,9 @@ class Control(Handler):
         self.name = _name(make)
         self.mnemonics = mnemonics
         self.begin = begin
+
+    def on_host(self, insn: Insn) -> bool:
+        return insn.mnemonic not in _APPROXIMATE
 
     def bind(self, cpu: Cpu, insn: Insn) -> Action:
         fpu = Fpu.of(cpu)

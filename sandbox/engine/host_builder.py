@@ -25,6 +25,7 @@ from sandbox.engine.host_run import (
     HostRun,
     Where,
 )
+from sandbox.engine.host_x87 import x87_on_host
 from sandbox.engine.unicorn_layout import layout, state_address
 from sandbox.engine.unicorn_library import UC_HOOK_CODE, library
 from sandbox.engine.unicorn_tlb import tlb_layout
@@ -81,7 +82,7 @@ class HostBuilder:
 
     def accepts(self, insn: Insn) -> bool:
         """Whether the host does a trapped instruction."""
-        return self._wanted(insn) and operands_instead(insn.iced, insn.raw) is not None
+        return self._wanted(insn) and _instead(insn.iced, insn) is not None
 
     def collect(self, linear: int, code: bytes) -> list[HostInsn]:
         """The instructions from the beginning of ``code`` on that one host run can do."""
@@ -104,8 +105,7 @@ class HostBuilder:
 
     def _item(self, insn: Instruction, raw: Insn) -> HostInsn | None:
         if self._traps(raw):
-            operands = operands_instead(insn, raw.raw) if self._wanted(raw) else None
-            return HostInsn(insn, operands, raw, lowered=True) if operands else None
+            return _instead(insn, raw) if self._wanted(raw) else None
         operands = operands_on_the_way(insn, raw.raw)
         return HostInsn(insn, operands, raw, lowered=False) if operands else None
 
@@ -162,6 +162,15 @@ class HostBuilder:
             return None
         made = self.write([replace(item, spilled=True)], 0, following)
         return None if made is None else made[0] + _POINTER_BYTES
+
+
+def _instead(insn: Instruction, raw: Insn) -> HostInsn | None:
+    """How the host does a trapped instruction, if it can."""
+    operands = operands_instead(insn, raw.raw)
+    if operands is not None:
+        return HostInsn(insn, operands, raw, lowered=True)
+    x87 = x87_on_host(insn)
+    return HostInsn(insn, x87[0], raw, lowered=True, x87=x87[1]) if x87 else None
 
 
 def _end(found: list[HostInsn]) -> int:

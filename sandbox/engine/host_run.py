@@ -29,6 +29,7 @@ from sandbox.decode import Insn
 from sandbox.engine import host_code as hc
 from sandbox.engine.hidden import HOST_ENTRIES, PER_PAGE, HiddenMemory
 from sandbox.engine.host_operands import HOST_GENERAL, STATUS_FLAGS, Flags, Kind, Operands
+from sandbox.engine.host_x87 import X87, point
 from sandbox.engine.unicorn_layout import SEGMENT_BYTES, Layout
 from sandbox.engine.unicorn_tlb import TlbLayout
 from sandbox.lowering import (
@@ -67,6 +68,8 @@ class HostInsn:
     """Whether it is trapped; what is allowed is done on the way."""
     spilled: bool = False
     """Whether its memory operand has been copied into the state page."""
+    x87: X87 | None = None
+    """How it is done, if it is an x87 instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +318,9 @@ class HostRun:
     # -- instructions ---------------------------------------------------------------------------
 
     def _run(self, number: int, item: HostInsn) -> None:
+        if item.x87:
+            self._run_x87(number, item, item.x87)
+            return
         operands, layout = item.operands, self._where.layout
         if operands.memory:
             self._point_to_memory(number, item)
@@ -341,6 +347,18 @@ class HostRun:
             self._has_flags = operands.kept == STATUS_FLAGS
             if not self._has_flags:
                 self._emit(self._kept_flags(operands.kept))
+
+    def _run_x87(self, number: int, item: HostInsn, x87: X87) -> None:
+        self._keep_flags()
+        if item.operands.memory:
+            self._point_to_memory(number, item)
+        self._emit(x87.check)
+        self._bail_if_not_zero(number)
+        if x87.points:
+            operand = self._base_and_index(item.insn) if item.operands.memory else ()
+            self._emit(*point(item.insn.ip, operand))
+        self._emit(x87.code)
+        self._has_flags = item.operands.flags is Flags.SET
 
     def _load(self, n: int, whole: bool) -> None:
         if n not in self._loaded:
