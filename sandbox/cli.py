@@ -171,9 +171,9 @@ def _add_conformance(parser: argparse.ArgumentParser) -> None:
     add("--features", nargs="+", metavar="NAME", help="forms that need no other CPUID features")
     add(
         "--tier",
-        choices=("fast", "handlers", "lowered", "both"),
+        choices=("fast", "handlers", "lowered", "host", "both"),
         default="both",
-        help="what to compare; both: fast and handlers",
+        help="what to compare; lowered: sequences, host: host runs, both: fast and handlers",
     )
     add("--policy", metavar="NAME", help="on the fast path only what this policy allows")
     add("--cases", type=_count, default=16, metavar="N", help="states per encoding (16)")

@@ -27,6 +27,7 @@ TIERS = {
     "fast": ("fast",),
     "handlers": ("handlers",),
     "lowered": ("lowered",),
+    "host": ("host",),
     "both": ("fast", "handlers"),
 }
 
@@ -150,7 +151,7 @@ def line_of(finding: Finding) -> str:
 
 
 def _print_summary(findings: list[Finding]) -> None:
-    for tier in ("fast", "handlers", "lowered"):
+    for tier in ("fast", "handlers", "lowered", "host"):
         mine = [f for f in findings if f.tier == tier]
         if not mine:
             continue

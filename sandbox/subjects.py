@@ -43,8 +43,10 @@ def _ignore(_name: str, _value: int) -> None: ...
 class Stage:
     """A machine that takes a :class:`~sandbox.native.State` and gives one back."""
 
-    def __init__(self, handlers: Iterable[str | Path | Pack] = (), policy: str = "nothing") -> None:
-        self.vm = Vm(Policy.load(policy), handlers)
+    def __init__(
+        self, handlers: Iterable[str | Path | Pack] = (), policy: str | Policy = "nothing"
+    ) -> None:
+        self.vm = Vm(policy, handlers)
         self._memory = self.vm.add_memory(REGION, REGION_SIZE)
         self.vm.add_memory(CODE, PAGE_SIZE)
         machine = Machine(self.vm, reset(self.vm))
@@ -219,6 +221,7 @@ class Lowered:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         stage.registers.xcr0 = XCR0_AVX
+        stage.engine.on_float_control = stage.vcpu.side_effects.float_control
         self._handlers = HandlerTier(stage)
         self._insn = b""
         self._code = -1

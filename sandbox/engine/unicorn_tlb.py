@@ -163,8 +163,8 @@ def _share(descriptor: int, found: TlbLayout) -> float:
     count = (mask >> found.entry_bits) + 1
     words = memoryview((ctypes.c_char * (count << found.entry_bits)).from_address(table))
     step = (1 << found.entry_bits) // 8
-    tags: list[int] = words.cast("B").cast("Q")[found.read // 8 :: step].tolist()
-    return 1 - tags.count(_NOTHING) / count
+    quads = words.cast("B").cast("Q")[found.read // 8 :: step]
+    return 1 - float(quads.tolist().count(_NOTHING)) / count
 
 
 _NOTHING: Final = (1 << 64) - 1
