@@ -164,7 +164,9 @@ def _share(descriptor: int, found: TlbLayout) -> float:
     words = memoryview((ctypes.c_char * (count << found.entry_bits)).from_address(table))
     step = (1 << found.entry_bits) // 8
     quads = words.cast("B").cast("Q")[found.read // 8 :: step]
-    return 1 - float(quads.tolist().count(_NOTHING)) / count
+    unused: int = quads.tolist().count(_NOTHING)
+    share: float = 1 - unused / count
+    return share
 
 
 _NOTHING: Final = (1 << 64) - 1
