@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from sandbox.engine.unicorn_layout import SEGMENT_BYTES, STATE_BYTES, layout, state_address
 from sandbox.engine.unicorn_library import library, x86
+from sandbox.engine.unicorn_x87 import x87_registers
 from sandbox.registers import (
     SEGMENT_NAMES,
     VECTOR_BYTES,
@@ -66,6 +67,7 @@ _API: dict[str, tuple[int, int]] = {
 _MMX = {f"mm{n}": f"fp{n}" for n in range(8)}
 """MMX registers are the low 64 bits of the x87 registers by physical number."""
 _MMX_UPPER = 0xFFFF << 64
+_X87 = frozenset(("fpsw", "fptag", "fpcw", "fip", "fdp", *(f"st{n}" for n in range(8))))
 
 _CONTROL = frozenset({"cr0", "cr3", "cr4"})
 _FLOAT_CONTROL = frozenset({"mxcsr", "fpcw"})
@@ -116,6 +118,10 @@ class UnicornBank:
         self._rflags = self._direct["rflags"] = found.rflags // 8
         for name, index in (("fs_base", 4), ("gs_base", 5)):
             self._direct[name] = (found.segments + index * SEGMENT_BYTES + 8) // 8
+        self._readers: dict[str, Callable[[], int]] = {}
+        self._writers: dict[str, Callable[[int], None]] = {}
+        """x87 registers in place, once one has been asked for."""
+        self._looked_for_x87 = False
         self._bases = tuple(
             (found.segments + index * SEGMENT_BYTES + 8) // 8 for index in range(len(SEGMENT_NAMES))
         )
@@ -149,6 +155,7 @@ class UnicornBank:
         self.quads, self.words = self._bytes.cast("Q"), self._bytes.cast("I")
         self.control_view = memoryview(bytes(self.control_view))
         self.on_control, self.on_float_control = _nothing, _ignore
+        self._readers, self._writers = {}, {}
         registers.gpr, registers.rip_view, vectors = self._views()
         registers.vec.move(vectors)
         self._show(registers)
@@ -175,12 +182,17 @@ class UnicornBank:
         direct = self._direct.get(name)
         if direct is not None:
             return self.quads[direct]
+        reader = self._readers.get(name)
+        if reader is not None:
+            return reader()
         if name == "mxcsr":
             return self.words[self._layout.mxcsr // 4]
         if name in _MMX:
             return self.read(_MMX[name]) & 0xFFFF_FFFF_FFFF_FFFF
         if self._kept is not None and name in self._kept:
             return self._kept[name]
+        if name in _X87 and self._find_x87():
+            return self.read(name)
         number = self._ids.get(name)
         if number is not None:
             self._call.uc_reg_read(self._handle, number, self._buffer)
@@ -193,8 +205,19 @@ class UnicornBank:
             return self._cr8
         raise KeyError(name)
 
+    def _find_x87(self) -> bool:
+        """Whether the x87 registers are found now."""
+        if self._looked_for_x87:
+            return False
+        self._looked_for_x87 = True
+        self._readers, self._writers = x87_registers(self._bytes)
+        return bool(self._readers)
+
     def write(self, name: str, value: int) -> None:
-        if name == "rflags":
+        writer = self._writers.get(name)
+        if writer is not None:
+            writer(value)
+        elif name == "rflags":
             self.quads[self._rflags] = value & 0xFFFF_FFFF | 2
         elif self._kept is not None and name in self._kept:
             self._keep(name, value)

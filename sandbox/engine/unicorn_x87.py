@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
 from sandbox.engine.unicorn_layout import Prober, layout
@@ -21,6 +22,7 @@ REGISTER_BYTES: Final = 16
 """From one register to the next."""
 _SIZE: Final = 10
 _NO_MASKS: Final = 0x340
+_BLOCK: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,11 @@ class _X87Prober(Prober):
 
     def changed(self, name: str, before: int, after: int) -> dict[int, int]:
         """Offsets of the bytes that differ between two values, and what they become."""
-        pair = enumerate(zip(self.put(name, before), self.put(name, after), strict=True))
-        return {at: new for at, (old, new) in pair if old != new}
+        old, new = self.put(name, before), self.put(name, after)
+        blocks = (
+            n for n in range(0, len(old), _BLOCK) if old[n : n + _BLOCK] != new[n : n + _BLOCK]
+        )
+        return {at: new[at] for n in blocks for at in range(n, n + _BLOCK) if old[at] != new[at]}
 
 
 def _discover() -> X87Layout | None:
@@ -132,3 +137,90 @@ def x87_layout() -> X87Layout | None:
         except EngineError:
             continue
     return None
+
+
+# -- the registers in place -----------------------------------------------------------------------
+
+_TOP: Final = 0x3800
+_ALL_EMPTY: Final = 0x0101_0101_0101_0101
+_USED: Final = {
+    sum((not used >> n & 1) << 8 * n for n in range(8)): [n for n in range(8) if used >> n & 1]
+    for used in range(256)
+}
+"""The numbers of the registers in use, by the eight bytes of tags."""
+_EMPTY: Final = {
+    sum(1 << 2 * n for n in range(8) if n not in used): tags for tags, used in _USED.items()
+}
+"""The eight bytes, by the tag word with 1 for each empty register and 0 for the others."""
+
+
+def x87_registers(
+    state: memoryview,
+) -> tuple[dict[str, Callable[[], int]], dict[str, Callable[[int], None]]]:
+    """What reads and what writes registers in a CPU state, by name, as Unicorn's API does.
+
+    None are written that Unicorn has a second time: the control word.
+    """
+    found = x87_layout()
+    if found is None:
+        return {}, {}
+    whole = state.cast("B")
+    quads, words, halves = whole.cast("Q"), whole.cast("I"), whole.cast("H")
+    top, status, tags = found.top // 4, found.status // 2, found.tags // 4
+    low, high = found.registers // 8, found.registers // 2 + 4
+
+    def read_status() -> int:
+        return (halves[status] & ~_TOP) | words[top] << 11
+
+    def write_status(value: int) -> None:
+        halves[status] = value & ~_TOP
+        words[top] = value >> 11 & 7
+
+    def read_tags() -> int:
+        empty = words[tags] | words[tags + 1] << 32
+        if empty == _ALL_EMPTY:
+            return 0xFFFF
+        word = 0xFFFF
+        for n in _USED[empty]:
+            exponent, significand = halves[high + 8 * n] & 0x7FFF, quads[low + 2 * n]
+            if significand >> 63 and 0 < exponent < 0x7FFF:
+                kind = 0
+            else:
+                kind = 2 if significand or exponent else 1
+            word ^= (3 - kind) << 2 * n
+        return word
+
+    def write_tags(value: int) -> None:
+        empty = _EMPTY[value & value >> 1 & 0x5555]
+        words[tags], words[tags + 1] = empty & 0xFFFF_FFFF, empty >> 32
+
+    def reader(i: int) -> Callable[[], int]:
+        def read() -> int:
+            n = words[top] + i & 7
+            return quads[low + 2 * n] | halves[high + 8 * n] << 64
+
+        return read
+
+    def writer(i: int) -> Callable[[int], None]:
+        def write(value: int) -> None:
+            n = words[top] + i & 7
+            quads[low + 2 * n] = value & (1 << 64) - 1
+            halves[high + 8 * n] = value >> 64
+
+        return write
+
+    def quad(offset: int) -> tuple[Callable[[], int], Callable[[int], None]]:
+        return partial(quads.__getitem__, offset // 8), partial(quads.__setitem__, offset // 8)
+
+    (read_fip, write_fip), (read_fdp, write_fdp) = quad(found.instruction), quad(found.operand)
+    control = found.control // 2
+    readers: dict[str, Callable[[], int]] = {
+        "fpsw": read_status, "fptag": read_tags, "fip": read_fip, "fdp": read_fdp,
+        "fpcw": partial(halves.__getitem__, control),
+        **{f"st{i}": reader(i) for i in range(8)},
+    }  # fmt: skip
+    writers: dict[str, Callable[[int], None]] = {
+        "fpsw": write_status, "fptag": write_tags, "fip": write_fip, "fdp": write_fdp,
+        **{f"st{i}": writer(i) for i in range(8)},
+    }  # fmt: skip
+    return readers, writers
