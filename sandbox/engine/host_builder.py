@@ -85,23 +85,30 @@ class HostBuilder:
         return self._wanted(insn) and _instead(insn.iced, insn) is not None
 
     def collect(self, linear: int, code: bytes) -> list[HostInsn]:
-        """The instructions from the beginning of ``code`` on that one host run can do."""
+        """The instructions from the beginning of ``code`` on that one host run can do: up to the
+        last that is trapped, and a jump not far behind it."""
         found: list[HostInsn] = []
         decoder = Decoder(64, code, ip=linear)
-        knows_flags = False
+        knows_flags = has_jump = False
+        end = 0
         while len(found) < MAX_INSNS and decoder.can_decode:
             at = decoder.position
             insn = decoder.decode()
             if insn.is_invalid:
                 break
             item = self._item(insn, decode(code[at : decoder.position], 64))
-            if item is None or (item.operands.flags is Flags.USED and not knows_flags):
+            if item is None or not (found or item.lowered):
+                break
+            if item.operands.flags is Flags.USED and not knows_flags:
                 break
             knows_flags = knows_flags or item.operands.flags is Flags.SET
             found.append(item)
-            if item.operands.ends or len(found) - _end(found) > MAX_ON_THE_WAY:
+            jumps = item.operands.ends or item.operands.kind is Kind.BRANCH
+            if item.lowered or (jumps and not has_jump):
+                end, has_jump = len(found), not item.lowered
+            if item.operands.ends or len(found) - end > MAX_ON_THE_WAY:
                 break
-        return found[: _end(found)]
+        return found[:end]
 
     def _item(self, insn: Instruction, raw: Insn) -> HostInsn | None:
         if self._traps(raw):
@@ -156,9 +163,10 @@ class HostBuilder:
 
     def spilled(self, item: HostInsn, following: int) -> int | None:
         """The entry of a run of one instruction that reads its memory operand from the state page,
-        and goes on at ``following``; None without room, or if it does not read one."""
+        and goes on at ``following``; None without room, or if it does not read one, or only one
+        that is aligned."""
         memory = item.operands.memory
-        if memory is None or memory.written:
+        if memory is None or memory.written or memory.alignment > 1:
             return None
         made = self.write([replace(item, spilled=True)], 0, following)
         return None if made is None else made[0] + _POINTER_BYTES
@@ -171,12 +179,3 @@ def _instead(insn: Instruction, raw: Insn) -> HostInsn | None:
         return HostInsn(insn, operands, raw, lowered=True)
     x87 = x87_on_host(insn)
     return HostInsn(insn, x87[0], raw, lowered=True, x87=x87[1]) if x87 else None
-
-
-def _end(found: list[HostInsn]) -> int:
-    """How many are worth it: up to the last vector instruction, and a jump not far behind it."""
-    last = max((at for at, item in enumerate(found) if item.lowered), default=-1)
-    for at, item in enumerate(found[last + 1 :], last + 1):
-        if item.operands.ends or item.operands.kind is Kind.BRANCH:
-            return at + 1 if last >= 0 else 0
-    return last + 1

@@ -287,7 +287,8 @@ def _analyse(insn: Instruction) -> Operands | None:
         return None
     if insn.mnemonic == Mnemonic.CMPXCHG and not _add_accumulator(generals):
         return None
-    uses_mxcsr = bool(vectors) and not MNEMONIC_NAMES[insn.mnemonic].startswith(_NO_MXCSR)
+    name = MNEMONIC_NAMES[insn.mnemonic]
+    uses_mxcsr = name.startswith("v") and not name.startswith(_NO_MXCSR)
     kept = _DEFINED.get(MNEMONIC_NAMES[insn.mnemonic], STATUS_FLAGS)
     return Operands(tuple(vectors), tuple(generals), memory, code, uses_mxcsr, _flags(insn), kept)
 

@@ -250,7 +250,9 @@ class HostRun:
         if done.operands.memory and done.operands.memory.written:
             self._leave_if_code(number, done, done.operands.memory.size)
         if point.in_mxcsr:
-            self._emit(hc.check_masks(self._where.layout.mxcsr), hc.enter_mxcsr())
+            self._emit(hc.check_masks(self._where.layout.mxcsr))
+            self._exit_if(hc.NOT_ZERO, self._count_way_out(number), self.insns[number].insn.ip)
+            self._emit(hc.enter_mxcsr())
         for n, whole in point.loaded.items():
             self._load(n, whole)
         to = self._memory.distance(self._size + hc.JUMP_BYTES, self.at + point.offset)

@@ -168,7 +168,7 @@ class UnicornLowering:
         if not self._host_code:
             return None
         address, self.hidden.bailed = self.hidden.bailed, 0
-        if not address:
+        if not address or not self.runs.may_have_bailed(address):
             return None
         self.hidden.executed = False
         self._registers.rip = self.hidden.next
