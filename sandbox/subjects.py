@@ -66,7 +66,6 @@ class Stage:
         self.engine.on_float_control = _ignore  # what is trapped is the subject's choice
         self._gpr = self.registers.gpr.cast("B")
         self._opmask = self.registers.opmask.cast("B")
-        self._mxcsr = -1
         self._x87 = True
 
     def load(self, insn: Insn, state: State) -> None:
@@ -78,8 +77,7 @@ class Stage:
         self.registers.vec.raw[:] = state.vectors
         self._memory.host[:] = state.memory
         write("rflags", state.rflags)
-        if state.mxcsr != self._mxcsr:
-            self._mxcsr = state.mxcsr
+        if state.mxcsr != self.bank.read("mxcsr"):
             write("mxcsr", state.mxcsr)
         write("gs_base", state.gs_base)
         self._x87 = uses_x87(insn)
@@ -94,11 +92,10 @@ class Stage:
         """The machine's state as it is; what an instruction without x87 cannot touch is left."""
         read = self.bank.read
         memory: bytes = self._memory.host[:]
-        self._mxcsr = read("mxcsr")
         state = State(
             gpr=list(_GPRS.unpack(self._gpr)),
             rflags=read("rflags"),
-            mxcsr=self._mxcsr,
+            mxcsr=read("mxcsr"),
             vectors=self.registers.vec.raw.tobytes(),
             opmask=self.registers.opmask.tolist(),
             st=before.st,
