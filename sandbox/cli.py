@@ -15,6 +15,7 @@ DESCRIPTION = "x86 sandbox: Unicorn runs what it runs right, Python handlers emu
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's would wait actively, and for us
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))

@@ -33,6 +33,7 @@ _PACKAGES = {"bochs": "bochscpu", "unicorn": "unicorn"}
 def main(arguments: Sequence[str]) -> None:
     """Run, write the result, and end the process without tearing anything down."""
     emulator, result, program, *rest = arguments
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command does
     module, function = EMULATORS[emulator]
     run: Run = getattr(importlib.import_module(module), function)
     if emulator in _PACKAGES:
