@@ -29,19 +29,19 @@ from sandbox.errors import GuestImageError
 
 SUITE = "programs"
 OURS = "sandbox"
-ROUNDS = 3
+ROUNDS = 2
 LIMIT_SECONDS = 180
 """A run that takes longer is given up."""
 LONG_SECONDS = 60
 """Where one round takes longer, it is the only one."""
 REPEAT = {
-    "decay": 1500,
-    "demo": 400, "dot": 400, "hash": 1500, "json": 80, "longdouble": 250, "matmul": 50,
-    "nbody": 1500, "sha256": 700, "sort": 60, "strings": 30,
+    "decay": 6000,
+    "demo": 1000, "dot": 1200, "hash": 3500, "json": 240, "longdouble": 800, "matmul": 120,
+    "nbody": 4500, "sha256": 1500, "sort": 120, "strings": 80,
 }  # fmt: skip
-"""Repetitions that take qemu-user 0.2 to 1 s; others 50."""
+"""Repetitions that take qemu-user 0.4 to 0.8 s; others 50."""
 _WORDS = b"Two tiers, one contract.\n\nThe fast path runs what it may;\tthe handlers the rest.\n"
-INPUT = {"wc": (("-u", "the", "tier"), _WORDS * 8000)}
+INPUT = {"wc": (("-u", "the", "tier"), _WORDS * 24000)}
 """Arguments and standard input of programs that read; their input is what is repeated."""
 
 QEMU = "qemu-x86_64"
@@ -148,22 +148,18 @@ def _build(compiler: str, name: str, level: str, folder: Path) -> Path:
 
 
 def _compare(program: Program, peers: list[str], effort: Effort, folder: Path) -> Iterator[Result]:
-    """A first round says which runners get through; they run in turn in the rounds that count."""
+    """The first round says which runners get through; these run in turn in the others."""
     name = f"{program.name} {program.level}"
     start = time.monotonic()
     first = _round([OURS, *peers], program, folder, "first round")
     long = time.monotonic() - start > LONG_SECONDS
     fit = [runner for runner in first if not _trouble(runner, first)]
     rounds = [first]
-    if not long:
-        count = effort.rounds or ROUNDS
-        texts = [f"round {number + 1} of {count}" for number in range(count)]
-        rounds = [_round(fit, program, folder, text) for text in texts]
+    count = effort.rounds or ROUNDS
+    for number in range(2, count + 1 if not long else 2):
+        rounds.append(_round(fit, program, folder, f"round {number} of {count}"))
     failed = {
-        runner: trouble
-        for runs in (*rounds, first)
-        for runner in runs
-        if (trouble := _trouble(runner, runs))
+        runner: trouble for runs in rounds for runner in runs if (trouble := _trouble(runner, runs))
     }
     for runner in first:
         if runner in failed:
