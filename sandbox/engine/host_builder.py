@@ -11,6 +11,7 @@ from iced_x86 import Decoder, Instruction
 
 from sandbox.decode import Insn, decode
 from sandbox.engine.hidden import HiddenMemory, Place
+from sandbox.engine.host_memory import MAX_INSNS, HostMemory, Where
 from sandbox.engine.host_operands import (
     Flags,
     Kind,
@@ -18,13 +19,7 @@ from sandbox.engine.host_operands import (
     operands_instead,
     operands_on_the_way,
 )
-from sandbox.engine.host_run import (
-    MAX_INSNS,
-    HostInsn,
-    HostMemory,
-    HostRun,
-    Where,
-)
+from sandbox.engine.host_run import HostInsn, HostRun
 from sandbox.engine.host_x87 import x87_on_host
 from sandbox.engine.unicorn_layout import layout, state_address
 from sandbox.engine.unicorn_library import UC_HOOK_CODE, library
@@ -65,7 +60,8 @@ class HostBuilder:
     def make(
         handle: ctypes.c_void_p, hidden: HiddenMemory, traps: Asks, wanted: Asks
     ) -> HostBuilder | None:
-        """None where the host's CPU cannot be used: another one, or another Unicorn."""
+        """None where the host's CPU cannot be used: another one, another Unicorn, a kernel that
+        lets nobody make code."""
         if not host_features() >= _NEEDED:
             return None
         tlb = tlb_layout()
@@ -73,7 +69,10 @@ class HostBuilder:
             return None
         stop = ctypes.cast(library().call.uc_emu_stop, ctypes.c_void_p).value or 0
         where = Where(layout(), tlb, state_address(handle), handle.value or 0, stop)
-        return HostBuilder(handle, hidden, where, traps, wanted)
+        try:
+            return HostBuilder(handle, hidden, where, traps, wanted)
+        except PermissionError:  # from mmap
+            return None
 
     @property
     def is_full(self) -> bool:

@@ -17,8 +17,6 @@ the fast path's own instructions does it instead, or its handler.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
@@ -27,13 +25,11 @@ from iced_x86 import Instruction, Register, RegisterExt
 
 from sandbox.decode import Insn
 from sandbox.engine import host_code as hc
-from sandbox.engine.hidden import HOST_ENTRIES, PER_PAGE, HiddenMemory
+from sandbox.engine.host_memory import HostMemory, Where
 from sandbox.engine.host_operands import HOST_GENERAL, STATUS_FLAGS, Flags, Kind, Operands
 from sandbox.engine.host_x87 import X87, point
-from sandbox.engine.unicorn_layout import SEGMENT_BYTES, Layout
-from sandbox.engine.unicorn_tlb import TlbLayout
+from sandbox.engine.unicorn_layout import SEGMENT_BYTES
 from sandbox.lowering import (
-    BAILED_OFFSET,
     EXECUTED_OFFSET,
     NEXT_OFFSET,
     SPILL_OFFSET,
@@ -41,16 +37,8 @@ from sandbox.lowering import (
     signed,
 )
 
-MAX_INSNS: Final = 100
 _ROUNDS: Final = 200
 """A loop comes back to Unicorn after so many: somebody may want the guest to stop."""
-_CODE_BYTES: Final = 16 << 20
-_WORDS_BYTES: Final = 4 << 20
-_WORDS: Final = 4
-"""Of 8 bytes, for each way out: where to go on in hidden code, or 0; the guest's address; how
-often the run was left there; how often hidden code went on."""
-_MOST_CODE: Final = MAX_INSNS * 512
-"""More bytes than a run ever takes."""
 _SEGMENT_BASES: Final = {Register.FS: 4, Register.GS: 5}
 _VECTOR_BYTES: Final = 64
 _RSP: Final = 4
@@ -70,86 +58,6 @@ class HostInsn:
     """Whether its memory operand has been copied into the state page."""
     x87: X87 | None = None
     """How it is done, if it is an x87 instruction."""
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Where things are: offsets in the CPU state, and what Unicorn's library is called with."""
-
-    layout: Layout
-    tlb: TlbLayout
-    state: int
-    handle: int
-    stop: int
-
-
-class HostMemory:
-    """The machine code of one engine's host runs, and the words of their ways out."""
-
-    def __init__(self, where: Where, hidden: HiddenMemory) -> None:
-        self._where = where
-        self._code = mmap.mmap(-1, _CODE_BYTES, prot=mmap.PROT_READ | mmap.PROT_WRITE | _EXEC)
-        self._words = mmap.mmap(-1, _WORDS_BYTES)
-        self._offsets = mmap.mmap(-1, 4 * HOST_ENTRIES)
-        self.words = memoryview(self._words).cast("Q")
-        self.words_address, self.offsets_address = map(_address, (self._words, self._offsets))
-        self.entry = _address(self._code)
-        """Host address of what Unicorn is to call."""
-        entry = hc.dispatcher(
-            hidden.host_base, HOST_ENTRIES, where.state, hidden.state_host, self.entry
-        )
-        bail = hc.bail(NEXT_OFFSET, EXECUTED_OFFSET, BAILED_OFFSET, where.handle, where.stop)
-        back = hc.clear_note(EXECUTED_OFFSET)
-        self.bail = len(entry)
-        """Offset of the common end of all that bail out."""
-        self._back = len(entry) + len(bail)
-        self._first = self._back + len(back)
-        self._code[: self._first] = entry + bail + back
-        self._used = self._used_words = 0
-        self.clear()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a run may find no room."""
-        words = 8 * (self._used_words + _WORDS * MAX_INSNS)
-        return self._used + _MOST_CODE > _CODE_BYTES or words > _WORDS_BYTES
-
-    def take_words(self, rip: int) -> int:
-        """The index of the words of a new way out."""
-        index = self._used_words
-        self._used_words += _WORDS
-        self.words[index : index + _WORDS] = memoryview(_pack(0, rip, 0, 0)).cast("Q")
-        return index
-
-    def write(self, entry: int, code: bytes) -> int:
-        """Have ``code`` run at an entry of hidden code; where it is from now on, an offset."""
-        at = self._used
-        self._code[at : at + len(code)] = code
-        self._used = at + len(code) + 15 & -16
-        self._offsets[4 * entry : 4 * entry + 4] = at.to_bytes(4, "little")
-        return at
-
-    def distance(self, at: int, to: int) -> int:
-        """From ``at`` bytes behind where the next code will be to the code at an offset."""
-        return to - (self._used + at)
-
-    def clear(self) -> None:
-        """Forget all runs; Unicorn must have forgotten their hidden code."""
-        self._used = self._first + 15 & -16
-        self._used_words = _WORDS  # the words at 0 are nobody's
-        page = bytes(4 * PER_PAGE - 4) + self._back.to_bytes(4, "little")
-        self._offsets[:] = page * (HOST_ENTRIES // PER_PAGE)
-
-
-_EXEC: Final = mmap.PROT_EXEC
-
-
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-def _pack(*words: int) -> bytes:
-    return b"".join((word & (1 << 64) - 1).to_bytes(8, "little") for word in words)
 
 
 @dataclass(frozen=True, slots=True)
