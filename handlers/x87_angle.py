@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from handlers import x87_quick as quick
 from handlers import x87_series as series
 from handlers.softfloat import IE
 from handlers.x87_format import (
     DEFAULT_NAN,
     ONE,
     SIGN,
+    SIGNIFICAND,
+    TOP_EXPONENT,
     Kind,
     Rounded,
     kind_of,
@@ -35,6 +38,8 @@ from handlers.x87_series import (
 PI_66 = 0xC90FDAA22168C234C
 """Pi as processors reduce by it, in units of ``2**-66`` (SDM Vol. 1, 8.3.8)."""
 _HALF_PI_UNIT = -67
+_NEAR = 28
+"""Exponents so far apart, an angle is not found quickly."""
 LIMIT = 63
 """Angles of ``2**LIMIT`` and more are out of range."""
 
@@ -189,11 +194,34 @@ def fptan(fpu: Fpu) -> None:
 @simple("fpatan")
 def fpatan(fpu: Fpu) -> None:
     """The angle of the point (ST(0), ST(1)) in place of ST(1), and pop."""
-    found = fpu.operands(1, 1, 0)
-    if found is not None:
-        y, x = found
-        _store_angle(fpu, y, x)
+    normal = fpu.normals(1, 0)
+    if normal is None or not _store_angle_quickly(fpu, *normal):
+        found = fpu.operands(1, 1, 0)
+        if found is not None:
+            y, x = found
+            _store_angle(fpu, y, x)
     fpu.pop()
+
+
+def _store_angle_quickly(fpu: Fpu, y: int, x: int) -> bool:
+    distance = (y >> 64 & TOP_EXPONENT) - (x >> 64 & TOP_EXPONENT)
+    if not -_NEAR < distance < _NEAR:
+        return False
+    a, b = y & SIGNIFICAND, x & SIGNIFICAND
+    if distance > 0:
+        a <<= distance
+    else:
+        b <<= -distance
+    steep = a > b
+    angle = quick.arc_tangent(b, a) if steep else quick.arc_tangent(a, b)
+    if angle is None:
+        return False
+    if x >= SIGN:
+        angle = (quick.pi() >> 1) + angle if steep else quick.pi() - angle
+    elif steep:
+        angle = (quick.pi() >> 1) - angle
+    rounded = quick.round_within(y >= SIGN, angle, -quick.PLACES, quick.ERROR, fpu.cw)
+    return fpu.store_normal(1, rounded)
 
 
 def _store_angle(fpu: Fpu, y: int, x: int) -> None:

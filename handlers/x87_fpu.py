@@ -15,17 +15,19 @@ deprecated and 0 (CPUID.7:EBX[13]).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 from handlers.softfloat import DE, IE, ZE
 from handlers.x87_format import (
     DEFAULT_NAN,
+    INTEGER_BIT,
+    MAGNITUDE,
     NANS,
     QUIET_BIT,
     SIGN,
     SIGNIFICAND,
+    TOP_EXPONENT,
     Kind,
     Rounded,
     kind_of,
@@ -33,6 +35,7 @@ from handlers.x87_format import (
 from sandbox.cpu import MF, NM, Cpu, Fault, bind_offset
 from sandbox.decode import Insn
 from sandbox.handler import Action, Handler
+from sandbox.registers import reader, writer
 
 SF, ES, B = 0x40, 0x80, 0x8000
 C0, C1, C2, C3 = 0x100, 0x200, 0x400, 0x4000
@@ -46,6 +49,8 @@ PRECOMPUTATION = IE | DE | ZE
 _MP, _EM, _TS, _NE = 2, 4, 8, 0x20
 _ST: Final = tuple(f"st{i}" for i in range(8))
 _EMPTY: Final = 3
+_DENORMALS, _TOP = 1 << 64, TOP_EXPONENT << 64
+"""The magnitudes of normal numbers are between."""
 _APPROXIMATE: Final = frozenset("fsin fcos fsincos fptan fpatan f2xm1 fyl2x fyl2xp1".split())
 """The last bit is not the same on every CPU."""
 
@@ -61,6 +66,10 @@ class Fpu:
         self._cpu = cpu
         bank = cpu.registers.bank
         self.read, self.write = bank.read, bank.write
+        self._read_words = tuple(reader(bank, name) for name in ("fpsw", "fpcw", "fptag"))
+        self._write_words = writer(bank, "fpsw"), writer(bank, "fptag")
+        self._read_st = tuple(reader(bank, name) for name in _ST)
+        self._write_st = tuple(writer(bank, name) for name in _ST)
         self.cw = self.sw = self.tags = 0
         self._before = (0, 0)
         self._failed = False
@@ -91,7 +100,9 @@ class Fpu:
 
     def begin(self) -> None:
         """As :meth:`begin_waiting`, for instructions that compute or move data: C1 = 0."""
-        self._report(self.begin_control())
+        cr0 = self.begin_control()
+        if self.sw & ES:
+            self._report(cr0)
         self.sw &= ~C1
 
     def begin_wait(self) -> None:
@@ -107,7 +118,8 @@ class Fpu:
         return self.read("cr0") if controls is None else controls[0]
 
     def _load(self) -> None:
-        self.sw, self.cw, self.tags = self.read("fpsw"), self.read("fpcw"), self.read("fptag")
+        read_status, read_control, read_tags = self._read_words
+        self.sw, self.cw, self.tags = read_status(), read_control(), read_tags()
         self._before = (self.sw, self.tags)
         self._failed = self.denormal_source = False
 
@@ -117,23 +129,24 @@ class Fpu:
 
     def end(self) -> None:
         """Write the status and tag words back."""
-        sw, tags = self._before
+        (sw, tags), (write_status, write_tags) = self._before, self._write_words
         if self.sw != sw:
-            self.write("fpsw", self.sw)
+            write_status(self.sw)
         if self.tags != tags:
-            self.write("fptag", self.tags)
+            write_tags(self.tags)
 
     def bind_pointers(self, insn: Insn) -> Callable[[], None]:
         """What writes FIP, FDP and FOP for an instruction."""
-        write, rip, opcode = self.write, self._cpu.registers.rip_view, fop_of(insn)
+        bank, rip, opcode = self._cpu.registers.bank, self._cpu.registers.rip_view, fop_of(insn)
+        write_instruction, write_operand = writer(bank, "fip"), writer(bank, "fdp")
         operand = bind_offset(self._cpu, insn) if has_memory(insn) else None
 
         def point() -> None:
-            write("fip", rip[0])
+            write_instruction(rip[0])
             if operand is not None:
-                write("fdp", operand())
+                write_operand(operand())
             if self._failed:
-                write("fop", opcode)
+                bank.write("fop", opcode)
 
         return point
 
@@ -144,7 +157,7 @@ class Fpu:
 
     def st(self, i: int) -> int:
         """ST(i) as it is, empty or not."""
-        return self.read(_ST[i - self._moved & 7])
+        return self._read_st[i - self._moved & 7]()
 
     @property
     def _moved(self) -> int:
@@ -153,7 +166,7 @@ class Fpu:
 
     def set(self, i: int, value: int) -> None:
         """Write ST(i) and mark it as in use."""
-        self.write(_ST[i - self._moved & 7], value)
+        self._write_st[i - self._moved & 7](value)
         shift = 2 * ((self.sw >> 11) + i & 7)
         kind = kind_of(value)
         tag = 0 if kind is Kind.NORMAL else 1 if kind is Kind.ZERO else 2
@@ -248,6 +261,29 @@ class Fpu:
             return None
         return values
 
+    def normals(self, *registers: int) -> list[int] | None:
+        """What ``registers`` hold if all are in use and normal numbers, which raise nothing."""
+        top, tags, moved, values = self.sw >> 11, self.tags, self._moved, []
+        for i in registers:
+            value = self._read_st[i - moved & 7]()
+            is_empty = tags >> 2 * (top + i & 7) & 3 == _EMPTY
+            if is_empty or not value & INTEGER_BIT or not _DENORMALS <= value & MAGNITUDE < _TOP:
+                return None
+            values.append(value)
+        return values
+
+    def store_normal(self, i: int, result: Rounded | None) -> bool:
+        """:meth:`store` a normal number, if there is one; C1 is clear."""
+        if result is None:
+            return False
+        bits, flags, up = result
+        self.note(flags)
+        if up:
+            self.sw |= C1
+        self._write_st[i - self._moved & 7](bits)
+        self.tags &= ~(3 << 2 * ((self.sw >> 11) + i & 7))
+        return True
+
     def denormals(self, *operands: int) -> None:
         """Raise DE if an operand is a denormal."""
         if self.denormal_source or any(kind_of(a) is Kind.DENORMAL for a in operands):
@@ -294,8 +330,10 @@ class Control(Handler):
 
         def action() -> None:
             begin(fpu)
-            with suppress(Stop):
+            try:  # noqa: SIM105 - which costs nothing where nothing is raised
                 body()
+            except Stop:
+                pass
             end()
 
         return action
@@ -311,8 +349,10 @@ class Instruction(Control):
 
         def action() -> None:
             begin(fpu)
-            with suppress(Stop):
+            try:  # noqa: SIM105 - which costs nothing where nothing is raised
                 body()
+            except Stop:
+                pass
             point()
             end()
 

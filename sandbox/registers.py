@@ -8,8 +8,10 @@ All else goes by name through the engine's :class:`Bank`.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -74,6 +76,24 @@ class Bank(Protocol):
     @property
     def bitness(self) -> int: ...
     def segment_base(self, index: int) -> int: ...
+
+
+@runtime_checkable
+class DirectBank(Protocol):
+    """A bank that can give what reads or writes one register, faster than by its name each time."""
+
+    def reader(self, name: str) -> Callable[[], int]: ...
+    def writer(self, name: str) -> Callable[[int], None]: ...
+
+
+def reader(bank: Bank, name: str) -> Callable[[], int]:
+    """What reads a register of ``bank``."""
+    return bank.reader(name) if isinstance(bank, DirectBank) else partial(bank.read, name)
+
+
+def writer(bank: Bank, name: str) -> Callable[[int], None]:
+    """What writes a register of ``bank``."""
+    return bank.writer(name) if isinstance(bank, DirectBank) else partial(bank.write, name)
 
 
 class Vectors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
+from functools import partial
 
 from sandbox.engine.unicorn_layout import SEGMENT_BYTES, STATE_BYTES, layout, state_address
 from sandbox.engine.unicorn_library import library, x86
@@ -212,6 +213,16 @@ class UnicornBank:
         self._looked_for_x87 = True
         self._readers, self._writers = x87_registers(self._bytes)
         return bool(self._readers)
+
+    def reader(self, name: str) -> Callable[[], int]:
+        """What reads a register while the engine is open: in place, if it can be."""
+        self.read(name)
+        return self._readers.get(name) or partial(self.read, name)
+
+    def writer(self, name: str) -> Callable[[int], None]:
+        """What writes one, the same."""
+        self.read(name)
+        return self._writers.get(name) or partial(self.write, name)
 
     def write(self, name: str, value: int) -> None:
         writer = self._writers.get(name)
