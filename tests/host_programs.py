@@ -21,12 +21,12 @@ from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
 from sandbox import boot
 from sandbox.boot import Machine
-from sandbox.exits import GuestException, Mmio
+from sandbox.exits import GuestException, Intr, Mmio
 from sandbox.memory import PAGE_SIZE
 from sandbox.policy import Policy
 from tests.guest import BASE, enter_user_mode, machine
 
-PACKS: Final = ("integer", "avx2", "system")
+PACKS: Final = ("integer", "avx2", "system", "x87")
 CODE_PAGES: Final = 3
 DATA: Final = 0x4000_0000
 """Physical memory of a slot of its own: two pages that may be written, one that may only be read,
@@ -55,9 +55,11 @@ class Writer:
     def __init__(
         self, rng: random.Random, *, faults: bool = True, code_stores: bool = False,
         floats: bool = True,
+        x87: bool = False,
     ) -> None:  # fmt: skip
         self.rng = rng
         self.floats = floats
+        self.x87 = x87
         self.faults = faults
         self.code_stores = code_stores
         self.lines: list[str] = []
@@ -105,10 +107,27 @@ class Writer:
     # -- vector instructions ----------------------------------------------------------------------
 
     def vector(self) -> str:
+        if self.x87 and self.rng.random() < 0.5:
+            return self.float80()
         while True:
             found = str(self.rng.choice(VECTOR)(self))
             if self.floats or not found.startswith(_FLOATING):
                 return found
+
+    def float80(self) -> str:
+        rng, i = self.rng, self.rng.randrange(4)
+        return str(rng.choice((
+            lambda: rng.choice("fld1 fldz fldpi fldl2e fldln2 fscale fprem fprem1 fxtract".split()),
+            lambda: rng.choice("fabs fchs fsqrt frndint fincstp".split()),
+            lambda: f"fld {rng.choice((self.memory(8), 'qword ptr [rbp + 16]'))}",
+            lambda: f"fild {self.memory(4)}",
+            lambda: f"{rng.choice(('fcomi', 'fucomi', 'fcomip', 'fucomip'))} st(0), st({i})",
+            lambda: f"{rng.choice(('fst', 'fstp', 'fld', 'fxch'))} st({i})",
+            lambda: f"{rng.choice(('faddp', 'fmulp', 'fsubp'))} st({i + 1}), st(0)",
+            lambda: f"fisttp {self.target(rng.choice((2, 4, 8)))}",
+            lambda: f"fldcw word ptr [rip + words + {2 * rng.randrange(8)}]",
+            lambda: "fninit",
+        ))())  # fmt: skip
 
     def reg(self, size: int) -> str:
         return f"{'ymm' if size == 32 else 'xmm'}{self.ymm()}"
@@ -326,7 +345,7 @@ def _general(w: Writer) -> str:
         lambda: f"vcvtsi2sd {x}, {w.reg(16)}, {rng.choice((*LONG, w.memory(8)))}",
         lambda: f"vcvtsi2ss {x}, {w.reg(16)}, {rng.choice((*WORDS[4], w.memory(4)))}",
         lambda: f"vcvttsd2si {rng.choice(LONG)}, {rng.choice((x, w.memory(8)))}",
-        lambda: f"vcvtss2si {rng.choice(WORDS[4])}, {rng.choice((x, w.memory(4)))}",
+        lambda: f"vcvtsd2si {rng.choice(LONG)}, {rng.choice((x, w.memory(8)))}",
     ))())  # fmt: skip
 
 
@@ -413,6 +432,7 @@ CONSTANTS = """
     .balign 32
 constants:
     .quad 0x0123456789abcdef, 0x3ff0000000000000, 0xbff8000000000000, 0x4000000040400000
+words: .word 0x37f, 0x37f, 0xf7f, 0x77f, 0x27f, 0x07f, 0x33b, 0xb7f
     .quad 0x7ff0000000000000, 0xffffffffffffffff, 0x8000000080000000, 0x0000000100000001
 """
 
@@ -499,9 +519,14 @@ def load(found: Machine, what: Program, *, at: int | None = None) -> None:
     bank.write("fs_base", DATA + 0x200)
     bank.write("gs_base", DATA + PAGE_SIZE - 0x100)
     bank.write("cr2", 0)
+    for name, value in (("fpcw", 0x37F), ("fpsw", 0), ("fptag", 0xFFFF)):
+        bank.write(name, value)
+    for number in range(8):
+        bank.write(f"st{number}", 0)
     registers.rip = min(what.starts) if at is None else at
 
 
+_X87 = ("fpcw", "fpsw", "fptag", *(f"st{number}" for number in range(8)))
 Snapshot = tuple[Any, ...]
 
 
@@ -515,6 +540,7 @@ def snapshot(found: Machine, *, flags: int = 0x8C5, mxcsr: bool = False) -> Snap
         hex(registers.rflags & ~0xFFF | registers.rflags & (flags | 0x700)),
         bytes(registers.vec.raw)[:1024].hex(),
         hex(registers.mxcsr if mxcsr else registers.mxcsr & ~0x3F),
+        *(hex(found.vm.engine.bank.read(name)) for name in _X87),
         zlib.crc32(memory.read(BASE, CODE_PAGES * PAGE_SIZE)),
         zlib.crc32(memory.read(DATA, PAGES * PAGE_SIZE)),
         zlib.crc32(memory.read(ROM, PAGE_SIZE)),
@@ -526,7 +552,8 @@ def run(found: Machine, what: Program, *, mxcsr: bool = False, exits: int = 12) 
     trace: list[Any] = []
     registers, bank = found.vcpu.registers, found.vm.engine.bank
     for _ in range(exits):
-        left = found.vcpu.run(20)
+        while isinstance(left := found.vcpu.run(20), Intr):
+            pass
         seen: list[Any] = [type(left).__name__]
         if isinstance(left, Mmio):
             seen += [hex(left.phys_addr), left.len, left.is_write, bytes(left.data)]
@@ -546,6 +573,20 @@ def run(found: Machine, what: Program, *, mxcsr: bool = False, exits: int = 12) 
             break
         registers.rip += Decoder(64, code).decode().len
     return trace
+
+
+def copy_state(source: Machine, target: Machine) -> None:
+    """Have another machine, on which the same program was loaded, go on where one stands."""
+    one, other = source.vcpu.registers, target.vcpu.registers
+    for name in ("gpr", "opmask"):
+        getattr(other, name)[:] = getattr(one, name)[:]
+    other.vec.raw[:] = one.vec.raw[:]
+    banks = source.vm.engine.bank, target.vm.engine.bank
+    for name in ("rflags", "mxcsr", *_X87):
+        banks[1].write(name, banks[0].read(name))
+    for at, size in ((BASE, CODE_PAGES * PAGE_SIZE), (DATA, PAGES * PAGE_SIZE)):
+        target.vm.memory.load(at, source.vm.memory.read(at, size))
+    other.rip = one.rip
 
 
 def counts(found: Machine) -> Counter[str]:
