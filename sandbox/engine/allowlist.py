@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from iced_x86 import Code, Decoder, Instruction
+from iced_x86 import Code, Decoder
 
 from sandbox.cpu import Fault
 from sandbox.decode import MAX_LENGTH, Insn, decode
 from sandbox.engine.misread import MAY_BE_MISREAD, MISREAD
+from sandbox.engine.plain import PlainCode
 from sandbox.engine.unicorn_state import UnicornBank
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory, Slot
 from sandbox.paging import PagedMemory
@@ -79,7 +80,7 @@ class Allowlist:
         """The first is memory as the running code sees it."""
         self._traps = b""
         self._asked: Callable[[Insn], bool] = _never
-        self._instruction = Instruction()
+        self.plain = PlainCode()
 
     def __bool__(self) -> bool:
         return bool(self._traps)
@@ -91,6 +92,7 @@ class Allowlist:
             table[code] = TRAP
         self._traps = bytes(table)
         self._asked = asked or _never
+        self.plain.set_marks(self._traps)
 
     def traps(self, insn: Insn) -> bool:
         """Whether ``insn`` is trapped, going by its form and its bytes."""
@@ -104,14 +106,12 @@ class Allowlist:
         """
         bitness = self._bank.bitness
         code = self._code(start, size)
-        decoder = Decoder(bitness, code, ip=start)
-        traps, asked, instruction = self._traps, self._asked, self._instruction
+        traps, asked = self._traps, self._asked
         misread = MISREAD[bitness].match if MAY_BE_MISREAD(code) else None
         at = last = seen = 0
-        while at < size:
-            decoder.decode_out(instruction)
+        for instruction in Decoder(bitness, code):
             seen += 1
-            last, at = at, decoder.position
+            last, at = at, at + instruction.len
             mark = traps[instruction.code]
             if (mark or misread) and (
                 mark == TRAP
@@ -119,12 +119,21 @@ class Allowlist:
                 or (mark and asked(decode(code[last:at], bitness)))
             ):
                 return self._patch(start, start + last, seen, size)
+            if at >= size:
+                break
         if at == size and seen == count:
+            if bitness == 64:
+                self._note(start)
             return None
         # Unicorn and our decoder disagree. If only about the last instruction, trap that one.
         if seen == count:
             return self._patch(start, start + last, seen, size)
         return self._patch(start, start, 1, size)
+
+    def _note(self, start: int) -> None:
+        """Other blocks on this page need not be decoded, if they are plain."""
+        slot, page = self._views[0].code_page(start)
+        self.plain.saw(start, slot.host, page)
 
     def check_trapped(self, patch: Patch, size: int, count: int) -> Patch | None:
         """A block that ends in a trap: none, unless Unicorn went another way to its end."""

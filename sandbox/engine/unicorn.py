@@ -21,9 +21,11 @@ from sandbox.decode import MAX_LENGTH, DecodeError, Insn, decode
 from sandbox.engine.allowlist import Allowlist, Patch
 from sandbox.engine.hidden import Place
 from sandbox.engine.patched import PatchedBlocks
+from sandbox.engine.plain import EXPECTED
 from sandbox.engine.protocol import Stop
 from sandbox.engine.unicorn_layout import state_address
 from sandbox.engine.unicorn_library import (
+    TRANSLATION_BLOCK,
     UC_ERR_FETCH_PROT,
     UC_ERR_FETCH_UNMAPPED,
     UC_ERR_INSN_INVALID,
@@ -38,7 +40,6 @@ from sandbox.engine.unicorn_library import (
     UC_PROT_READ_EXEC,
     EdgeCallback,
     InterruptCallback,
-    TranslationBlock,
     library,
     x86,
 )
@@ -85,6 +86,7 @@ class UnicornEngine:
         self.vector = self.error_code = self.generation = 0
         self._reported: list[int] = []
         self._allowlist = Allowlist(self._bank, physical, self.memory, self.system_memory)
+        self._plain = self._allowlist.plain
         self._patch: Patch | None = None
         self._applied: Patch | None = None
         self._exception = -1
@@ -137,7 +139,10 @@ class UnicornEngine:
 
     def _add_hooks(self) -> None:
         call = self._library.call
-        self._callbacks = (EdgeCallback(self._on_block), InterruptCallback(self._on_interrupt))
+        self._callbacks = (
+            EdgeCallback(self._make_on_block()),
+            InterruptCallback(self._on_interrupt),
+        )
         always = ctypes.c_uint64(1), ctypes.c_uint64(0)  # begin > end: at every address
         for kind, callback in zip(
             (UC_HOOK_EDGE_GENERATED, UC_HOOK_INTR), self._callbacks, strict=True
@@ -419,6 +424,7 @@ class UnicornEngine:
     def _flush(self) -> None:
         self._none_in_flight()  # Unicorn itself may have faulted, looking for the blocks of a page
         self.generation += 1
+        self._plain.forget()
         self.memory.flush()
         self.system_memory.flush()
 
@@ -467,39 +473,57 @@ class UnicornEngine:
         self._exception = vector
         self._library.free.uc_emu_stop(self._handle)
 
-    def _on_block(
-        self,
-        _handle: int,
-        current: ctypes._Pointer[TranslationBlock],
-        _previous: ctypes._Pointer[TranslationBlock],
-        _data: int,
-    ) -> None:
-        try:
-            block = current[0]
-            if not self._allowlist:
-                self._reported.append(block.pc)
-                return
-            lowering = self._lowering
-            if lowering is not None and lowering.holds(block.pc):
-                if block.pc not in lowering.hidden.places:
-                    self._strayed = block.pc, block.size
-                    self._library.free.uc_emu_stop(self._handle)
-                return
-            applied = self._applied
-            if applied is not None:
-                self._restore()
-            if applied is not None and applied.block == block.pc:
-                self._patch = self._allowlist.check_trapped(applied, block.size, block.icount)
-                if self._patch is not None and lowering is not None:
-                    lowering.refuse(applied.linear)
-            elif self._may_be_stale(block.pc, block.icount):
-                self._stale = block.pc, block.size
-            else:
-                self._patch = self._allowlist.check(block.pc, block.size, block.icount)
-        except BaseException as error:  # noqa: BLE001 - ctypes would swallow it; enter() raises it
-            self._failure = error
-        if (self._patch, self._stale, self._failure) != (None, None, None):
-            self._library.free.uc_emu_stop(self._handle)
+    def _make_on_block(self) -> Callable[[int, int], None]:
+        """The callback for new blocks: plain code is recognised here, all else is looked at."""
+        plain, control, look, expected = self._plain, self._control, self._on_block, EXPECTED
+        unpack, size_of = TRANSLATION_BLOCK.unpack_from, TRANSLATION_BLOCK.size
+        known, view = 0, memoryview(b"")
+
+        def on_block(_handle: int, block: int) -> None:
+            nonlocal known, view
+            try:
+                if block != known:  # it is on Unicorn's stack, mostly in the same place
+                    known, view = block, memoryview((ctypes.c_char * size_of).from_address(block))
+                start, count, size = unpack(view)
+                at = start + plain.shift
+                end = at + size
+                if at < plain.first or end > plain.end:
+                    at = plain.move(start, size)
+                    end = at + size
+                if at >= 0 and control.tobytes() == plain.control:
+                    filler, left = expected[count]
+                    if plain.split(filler + plain.host[at:end]) == left:
+                        return
+                look(start, size, count)
+            except BaseException as error:  # noqa: BLE001 - ctypes would swallow it; enter() raises
+                self._failure = error
+            if (self._patch, self._stale, self._failure) != (None, None, None):
+                self._library.free.uc_emu_stop(self._handle)
+
+        return on_block
+
+    def _on_block(self, start: int, size: int, count: int) -> None:
+        if not self._allowlist:
+            self._reported.append(start)
+            return
+        lowering = self._lowering
+        if lowering is not None and lowering.holds(start):
+            if start not in lowering.hidden.places:
+                self._strayed = start, size
+                self._library.free.uc_emu_stop(self._handle)
+            return
+        applied = self._applied
+        if applied is not None:
+            self._restore()
+        if applied is not None and applied.block == start:
+            self._patch = self._allowlist.check_trapped(applied, size, count)
+            if self._patch is not None and lowering is not None:
+                lowering.refuse(applied.linear)
+        elif self._may_be_stale(start, count):
+            self._stale = start, size
+        else:
+            self._patch = self._allowlist.check(start, size, count)
+        self._plain.control = None if self._untrusted else self._controlled
 
     # -- the allowlist ----------------------------------------------------------------------------
 
@@ -540,7 +564,7 @@ class UnicornEngine:
 
     def _apply(self) -> None:
         patch = self._applied = self._patch
-        self._patch = None
+        self._patch = self._plain.control = None
         assert patch is not None
         if self._rule is not None:
             patch = self._applied = self._lower(patch, self._rule)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import struct
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -41,23 +42,13 @@ UC_PROT_READ_EXEC = 5
 _CTL_USE_EXITS, _CTL_EXITS, _CTL_MODEL, _CTL_REMOVE_CACHE, _CTL_TB_FLUSH = 4, 6, 7, 9, 10
 
 
-class TranslationBlock(ctypes.Structure):
-    """``uc_tb``: a translated block as UC_HOOK_EDGE_GENERATED reports it."""
+TRANSLATION_BLOCK = struct.Struct("QHH")
+"""``uc_tb``: a translated block as UC_HOOK_EDGE_GENERATED reports it: address, number of
+instructions, size."""
 
-    _fields_ = [
-        ("pc", ctypes.c_uint64),
-        ("icount", ctypes.c_uint16),
-        ("size", ctypes.c_uint16),
-    ]
-
-
-EdgeCallback = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_void_p,
-    ctypes.POINTER(TranslationBlock),
-    ctypes.POINTER(TranslationBlock),
-    ctypes.c_void_p,
-)
+EdgeCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+"""The first two of its arguments, the engine and the new block: the others are not looked at, and
+to take them would cost something for each block."""
 InterruptCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 MemoryCallback = ctypes.CFUNCTYPE(
     ctypes.c_bool,
