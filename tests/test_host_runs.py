@@ -19,7 +19,7 @@ from sandbox.engine.unicorn import UnicornEngine
 from sandbox.exits import GuestException
 from sandbox.lowering import BAILED_OFFSET, EXECUTED_OFFSET, NEXT_OFFSET
 from sandbox.policy import Policy
-from sandbox.registers import RCX, RDI, RDX, RSI
+from sandbox.registers import RAX, RCX, RDI, RDX, RSI
 from tests.guest import machine, run_to_hlt
 from tests.host_programs import PACKS, computer, counts, first_difference, load, program, run
 
@@ -240,3 +240,47 @@ def test_an_aligned_move_with_a_misaligned_operand_never_faults_in_the_host(
                 left = found.vcpu.run(5)
                 if alignment == "exact":
                     assert isinstance(left, GuestException) and left.exception == 13
+
+
+ALIAS = """
+    vpcmpeqd ymm0, ymm0, ymm0
+    vmovdqu ymm5, [rip + new]
+    mov ecx, {rounds}
+    lea rsi, [rip + here]
+    add rsi, rdi
+again:
+    vpsubd ymm1, ymm1, ymm0
+    cmp ecx, 1
+    jne skip
+    vmovdqu [rsi], ymm5
+skip:
+    vpsubd ymm1, ymm1, ymm0
+here:
+    .rept 8
+    vpsubd ymm1, ymm1, ymm0
+    .endr
+    dec ecx
+    jnz again
+    vmovd eax, xmm1
+    hlt
+new:
+    .quad 0x9090909090909090, 0x9090909090909090, 0x9090909090909090, 0x9090909090909090
+"""
+
+
+@pytest.mark.parametrize("distance", [0, 0x5000_0000 - 0x1000], ids=hex)
+@pytest.mark.parametrize("rounds", [1, 2, 3, 300])
+def test_a_store_that_reaches_the_code_by_another_address_takes_effect_at_once(
+    rounds: int, distance: int
+) -> None:
+    """The first store there: Unicorn does it, and then holds the page for one without code."""
+    source = ALIAS.format(rounds=rounds)
+    source = source.replace(".rept 8\n", "").replace(".endr", "vpsubd ymm1, ymm1, ymm0\n" * 7)
+    for low in (True, False):
+        policy = Policy.load("verified").with_exactness(lowering=low)
+        with machine(source, policy=policy, handlers=PACKS) as found:
+            assert found.space is not None
+            found.space.map(0x5000_0000, 0x1000, 0x1000, write=True, execute=False)
+            found.vcpu.registers.gpr[RDI] = distance
+            run_to_hlt(found)
+            assert found.vcpu.registers.gpr[RAX] == 10 * rounds - 8

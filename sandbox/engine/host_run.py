@@ -147,16 +147,13 @@ class HostRun:
 
     def reenter(self, number: int) -> bytes | None:
         """Code that goes on with an instruction of the written run, because hidden code has done
-        the one before; None if that one changes flags. If that has changed code, the guest goes on
-        by itself."""
-        if self.insns[number - 1].operands.flags is not Flags.KEPT:
-            return None  # Unicorn has them in a form of its own
+        the one before; None if that one changes flags, or stores: it may have changed code."""
+        point, done = self._points[number], self.insns[number - 1].operands
+        if done.flags is not Flags.KEPT or (done.memory and done.memory.written):
+            return None  # Unicorn has the flags in a form of its own
         self._parts, self._size, self._exits = [], 0, []
-        point, done = self._points[number], self.insns[number - 1]
         self._dirty, self._loaded, self._in_mxcsr, self._has_flags = set(), {}, False, False
         self._prepare()
-        if done.operands.memory and done.operands.memory.written:
-            self._leave_if_code(number, done, done.operands.memory.size)
         if point.in_mxcsr:
             self._emit(hc.check_masks(self._where.layout.mxcsr))
             self._exit_if(hc.NOT_ZERO, self._count_way_out(number), self.insns[number].insn.ip)
@@ -167,15 +164,6 @@ class HostRun:
         self._emit(hc.jump(to))
         self._end_exits()
         return b"".join(self._parts)
-
-    def _leave_if_code(self, number: int, done: HostInsn, size: int) -> None:
-        """A store to a page of code may have changed what follows: the guest goes on there."""
-        tlb, target = self._where.tlb, self.insns[number].insn.ip
-        words = self._count_way_out(number)
-        self._emit(*self._linear_address(done.insn))
-        for distance in (0, size - 1):
-            self._emit(hc.add_displacement(distance), hc.look_up(1, tlb.write, tlb))
-            self._exit_if(hc.NOT_ZERO, words, target)
 
     def _emit(self, *parts: bytes) -> None:
         for part in parts:
