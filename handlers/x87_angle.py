@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from handlers import x87_quick as quick
+from handlers import x87_quick as tables
 from handlers import x87_series as series
 from handlers.softfloat import IE
 from handlers.x87_format import (
@@ -24,7 +24,7 @@ from handlers.x87_format import (
     round_extended,
     split,
 )
-from handlers.x87_fpu import C2, Fpu, simple
+from handlers.x87_fpu import C2, Fpu, quick, simple
 from handlers.x87_series import (
     BITS,
     SMALL,
@@ -191,37 +191,35 @@ def fptan(fpu: Fpu) -> None:
 # The arc tangent
 
 
-@simple("fpatan")
-def fpatan(fpu: Fpu) -> None:
-    """The angle of the point (ST(0), ST(1)) in place of ST(1), and pop."""
-    normal = fpu.normals(1, 0)
-    if normal is None or not _store_angle_quickly(fpu, *normal):
-        found = fpu.operands(1, 1, 0)
-        if found is not None:
-            y, x = found
-            _store_angle(fpu, y, x)
-    fpu.pop()
-
-
-def _store_angle_quickly(fpu: Fpu, y: int, x: int) -> bool:
+def _angle_quickly(control: int, x: int, y: int) -> tuple[int, bool] | None:
     distance = (y >> 64 & TOP_EXPONENT) - (x >> 64 & TOP_EXPONENT)
     if not -_NEAR < distance < _NEAR:
-        return False
+        return None
     a, b = y & SIGNIFICAND, x & SIGNIFICAND
     if distance > 0:
         a <<= distance
     else:
         b <<= -distance
     steep = a > b
-    angle = quick.arc_tangent(b, a) if steep else quick.arc_tangent(a, b)
+    angle = tables.arc_tangent(b, a) if steep else tables.arc_tangent(a, b)
     if angle is None:
-        return False
+        return None
     if x >= SIGN:
-        angle = (quick.pi() >> 1) + angle if steep else quick.pi() - angle
+        angle = (tables.pi() >> 1) + angle if steep else tables.pi() - angle
     elif steep:
-        angle = (quick.pi() >> 1) - angle
-    rounded = quick.round_within(y >= SIGN, angle, -quick.PLACES, quick.ERROR, fpu.cw)
-    return fpu.store_normal(1, rounded)
+        angle = (tables.pi() >> 1) - angle
+    return tables.round_within(y >= SIGN, angle, -tables.PLACES, tables.ERROR, control)
+
+
+@quick(_angle_quickly, pops=True)
+@simple("fpatan")
+def fpatan(fpu: Fpu) -> None:
+    """The angle of the point (ST(0), ST(1)) in place of ST(1), and pop."""
+    found = fpu.operands(1, 1, 0)
+    if found is not None:
+        y, x = found
+        _store_angle(fpu, y, x)
+    fpu.pop()
 
 
 def _store_angle(fpu: Fpu, y: int, x: int) -> None:

@@ -6,7 +6,7 @@ rounding control says. As processors do, PE is raised without looking whether a 
 
 from __future__ import annotations
 
-from handlers import x87_quick as quick
+from handlers import x87_quick as tables
 from handlers import x87_series as series
 from handlers.softfloat import IE, PE, UE, ZE
 from handlers.x87_format import (
@@ -21,7 +21,7 @@ from handlers.x87_format import (
     split,
     value_of,
 )
-from handlers.x87_fpu import Fpu, simple
+from handlers.x87_fpu import Fpu, quick, simple
 from handlers.x87_series import (
     BITS,
     SMALL,
@@ -33,11 +33,18 @@ from handlers.x87_series import (
 )
 
 
+def _power_quickly(control: int, x: int, _y: int) -> tuple[int, bool] | None:
+    m, e = split(x)
+    value = tables.power_less_one(x >= SIGN, m, e) if e < -63 else None
+    if value is None:
+        return None
+    return tables.round_within(x >= SIGN, abs(value), -tables.PLACES, tables.ERROR, control)
+
+
+@quick(_power_quickly)
 @simple("f2xm1")
 def f2xm1(fpu: Fpu) -> None:
     """``2**ST(0) - 1`` for -1 to 1. What lies beyond, where the manual defines nothing, stays."""
-    if _power_quickly(fpu):
-        return
     found = fpu.operands(0, 0)
     if found is None:
         return
@@ -55,18 +62,6 @@ def f2xm1(fpu: Fpu) -> None:
         fpu.set(0, SIGN | BIAS - 1 << 64 | 1 << 63 if a == SIGN | ONE else a)
         return
     fpu.store(0, round_extended(negative, *_power_less_one(negative, m, e), fpu.cw, 64))
-
-
-def _power_quickly(fpu: Fpu) -> bool:
-    found = fpu.normals(0)
-    if found is None:
-        return False
-    m, e = split(found[0])
-    negative = found[0] >= SIGN
-    value = quick.power_less_one(negative, m, e) if exponent_of(m, e) < 0 else None
-    return value is not None and fpu.store_normal(
-        0, quick.round_within(negative, abs(value), -quick.PLACES, quick.ERROR, fpu.cw)
-    )
 
 
 def _power_less_one(negative: bool, m: int, e: int) -> Magnitude:
@@ -94,27 +89,35 @@ def _store_product(fpu: Fpu, y: int, negative: bool, logarithm: Magnitude) -> No
     fpu.store(1, result._replace(flags=result.flags | flags))
 
 
+def _product(control: int, y: int, logarithm: int | None) -> tuple[int, bool] | None:
+    if logarithm is None:
+        return None
+    m, e = split(y)
+    negative = (y >= SIGN) != (logarithm < 0)
+    product = m * abs(logarithm), e - tables.PLACES, m * tables.ERROR
+    return tables.round_within(negative, *product, control)
+
+
+def _product_quickly(control: int, x: int, y: int) -> tuple[int, bool] | None:
+    return None if x >= SIGN else _product(control, y, tables.logarithm(*split(x)))
+
+
+def _product_above_one_quickly(control: int, x: int, y: int) -> tuple[int, bool] | None:
+    m, e = value_of(x)
+    if not -tables.PLACES < e < -63:
+        return None
+    return _product(control, y, tables.logarithm(m + (1 << -e), e))
+
+
+@quick(_product_quickly, pops=True)
 @simple("fyl2x")
 def fyl2x(fpu: Fpu) -> None:
     """``ST(1) * log2(ST(0))`` in place of ST(1), and pop."""
-    normal = fpu.normals(1, 0)
-    if normal is None or not _product_quickly(fpu, normal[0], *value_of(normal[1])):
-        found = fpu.operands(1, 1, 0)
-        if found is not None:
-            y, x = found
-            _fyl2x(fpu, y, x)
+    found = fpu.operands(1, 1, 0)
+    if found is not None:
+        y, x = found
+        _fyl2x(fpu, y, x)
     fpu.pop()
-
-
-def _product_quickly(fpu: Fpu, y: int, m: int, e: int) -> bool:
-    """ST(1) becomes ``y * log2(m * 2**e)``, if that is a number and found quickly."""
-    logarithm = quick.logarithm(m, e) if m > 0 else None
-    if logarithm is None:
-        return False
-    m_y, e_y = split(y)
-    negative = (y >= SIGN) != (logarithm < 0)
-    product = m_y * abs(logarithm), e_y - quick.PLACES, m_y * quick.ERROR
-    return fpu.store_normal(1, quick.round_within(negative, *product, fpu.cw))
 
 
 def _fyl2x(fpu: Fpu, y: int, x: int) -> None:
@@ -177,24 +180,18 @@ def _near_one(difference: int, total: int) -> Magnitude:
     return inexact((part << BITS) // series.ln2())
 
 
+@quick(_product_above_one_quickly, pops=True)
 @simple("fyl2xp1")
 def fyl2xp1(fpu: Fpu) -> None:
     """``ST(1) * log2(ST(0) + 1)`` in place of ST(1), and pop.
 
     Beyond the range that the manual defines: the logarithm down to -1, then ST(0) as it is.
     """
-    normal = fpu.normals(1, 0)
-    if normal is None or not _product_above_one_quickly(fpu, *normal):
-        found = fpu.operands(1, 1, 0)
-        if found is not None:
-            y, x = found
-            _fyl2xp1(fpu, y, x)
+    found = fpu.operands(1, 1, 0)
+    if found is not None:
+        y, x = found
+        _fyl2xp1(fpu, y, x)
     fpu.pop()
-
-
-def _product_above_one_quickly(fpu: Fpu, y: int, x: int) -> bool:
-    m, e = value_of(x)
-    return -quick.PLACES < e < 0 and _product_quickly(fpu, y, m + (1 << -e), e)
 
 
 def _fyl2xp1(fpu: Fpu, y: int, x: int) -> None:

@@ -14,8 +14,8 @@ from functools import cache, lru_cache
 from typing import Final
 
 from handlers import x87_series as series
-from handlers.softfloat import PE, RDOWN, RNE, RUP
-from handlers.x87_format import BIAS, SIGN, Rounded
+from handlers.softfloat import RDOWN, RNE, RUP
+from handlers.x87_format import BIAS, SIGN
 from handlers.x87_series import BITS
 
 PLACES: Final = 128
@@ -28,8 +28,11 @@ _PRECISION: Final = 64
 _CUT: Final = BITS - PLACES
 
 
-def round_within(negative: bool, m: int, e: int, error: int, control: int) -> Rounded | None:
-    """Round what is off from ``m * 2**e`` by less than ``error`` units to a normal number.
+def round_within(
+    negative: bool, m: int, e: int, error: int, control: int
+) -> tuple[int, bool] | None:
+    """Round what is off from ``m * 2**e`` by less than ``error`` units to a normal number: its
+    bits, and whether it was rounded away from zero.
 
     None if the rounding is not the same for all that it may be, or the result is none.
     """
@@ -45,7 +48,7 @@ def round_within(negative: bool, m: int, e: int, error: int, control: int) -> Ro
         q, exponent = q >> 1, exponent + 1
     if not 0 < exponent < 2 * BIAS:
         return None
-    return Rounded((SIGN if negative else 0) | exponent << 64 | q, PE, up)
+    return (SIGN if negative else 0) | exponent << 64 | q, up
 
 
 def _fixed(x: int) -> int:

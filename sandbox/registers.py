@@ -78,10 +78,29 @@ class Bank(Protocol):
     def segment_base(self, index: int) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class X87View:
+    """The x87 unit in place: items of one each, and eight by physical number."""
+
+    top: memoryview
+    status: memoryview
+    """Without TOP."""
+    control: memoryview
+    """To be read only."""
+    instruction: memoryview
+    """FIP."""
+    empty: memoryview
+    """1 if the register is empty, else 0."""
+    significands: memoryview
+    exponents: memoryview
+    """With the sign."""
+
+
 @runtime_checkable
 class DirectBank(Protocol):
     """A bank that can give what reads or writes one register, faster than by its name each time."""
 
+    def x87_view(self) -> X87View | None: ...
     def reader(self, name: str) -> Callable[[], int]: ...
     def writer(self, name: str) -> Callable[[int], None]: ...
 

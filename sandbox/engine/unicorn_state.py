@@ -9,7 +9,7 @@ from functools import partial
 
 from sandbox.engine.unicorn_layout import SEGMENT_BYTES, STATE_BYTES, layout, state_address
 from sandbox.engine.unicorn_library import library, x86
-from sandbox.engine.unicorn_x87 import x87_registers
+from sandbox.engine.unicorn_x87 import x87_registers, x87_view
 from sandbox.registers import (
     SEGMENT_NAMES,
     VECTOR_BYTES,
@@ -17,6 +17,7 @@ from sandbox.registers import (
     DescriptorTable,
     Registers,
     Segment,
+    X87View,
 )
 
 CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_PG = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 31
@@ -68,7 +69,7 @@ _API: dict[str, tuple[int, int]] = {
 _MMX = {f"mm{n}": f"fp{n}" for n in range(8)}
 """MMX registers are the low 64 bits of the x87 registers by physical number."""
 _MMX_UPPER = 0xFFFF << 64
-_X87 = frozenset(("fpsw", "fptag", "fpcw", "fip", "fdp", *(f"st{n}" for n in range(8))))
+_X87 = frozenset(("fpsw", "fptag", "fpcw", "fip", *(f"st{n}" for n in range(8))))
 
 _CONTROL = frozenset({"cr0", "cr3", "cr4"})
 _FLOAT_CONTROL = frozenset({"mxcsr", "fpcw"})
@@ -123,6 +124,7 @@ class UnicornBank:
         self._writers: dict[str, Callable[[int], None]] = {}
         """x87 registers in place, once one has been asked for."""
         self._looked_for_x87 = False
+        self._x87: X87View | None = None
         self._bases = tuple(
             (found.segments + index * SEGMENT_BYTES + 8) // 8 for index in range(len(SEGMENT_NAMES))
         )
@@ -211,8 +213,15 @@ class UnicornBank:
         if self._looked_for_x87:
             return False
         self._looked_for_x87 = True
-        self._readers, self._writers = x87_registers(self._bytes)
-        return bool(self._readers)
+        self._x87 = x87_view(self._bytes)
+        if self._x87 is not None:
+            self._readers, self._writers = x87_registers(self._x87)
+        return self._x87 is not None
+
+    def x87_view(self) -> X87View | None:
+        """The x87 unit while the engine is open."""
+        self._find_x87()
+        return self._x87
 
     def reader(self, name: str) -> Callable[[], int]:
         """What reads a register while the engine is open: in place, if it can be."""

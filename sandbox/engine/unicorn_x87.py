@@ -17,6 +17,7 @@ from typing import Final
 from sandbox.engine.unicorn_layout import Prober, layout
 from sandbox.engine.unicorn_library import library, x86
 from sandbox.errors import EngineError
+from sandbox.registers import X87View
 
 REGISTER_BYTES: Final = 16
 """From one register to the next."""
@@ -142,9 +143,8 @@ def x87_layout() -> X87Layout | None:
 # -- the registers in place -----------------------------------------------------------------------
 
 _TOP: Final = 0x3800
-_ALL_EMPTY: Final = 0x0101_0101_0101_0101
 _USED: Final = {
-    sum((not used >> n & 1) << 8 * n for n in range(8)): [n for n in range(8) if used >> n & 1]
+    bytes(not used >> n & 1 for n in range(8)): [n for n in range(8) if used >> n & 1]
     for used in range(256)
 }
 """The numbers of the registers in use, by the eight bytes of tags."""
@@ -154,35 +154,52 @@ _EMPTY: Final = {
 """The eight bytes, by the tag word with 1 for each empty register and 0 for the others."""
 
 
+def x87_view(state: memoryview) -> X87View | None:
+    """The unit in a CPU state, if it is found there."""
+    found = x87_layout()
+    if found is None:
+        return None
+    octets = state.cast("B")
+    quads, words, halves = octets.cast("Q"), octets.cast("I"), octets.cast("H")
+    low, high = found.registers // 8, found.registers // 2 + 4
+    step = REGISTER_BYTES // 8, REGISTER_BYTES // 2
+
+    def one(items: memoryview, offset: int) -> memoryview:
+        at = offset // items.itemsize
+        return items[at : at + 1]
+
+    return X87View(
+        one(words, found.top),
+        one(halves, found.status),
+        one(halves, found.control),
+        one(quads, found.instruction),
+        octets[found.tags : found.tags + 8],
+        quads[low : low + 8 * step[0] : step[0]],
+        halves[high : high + 8 * step[1] : step[1]],
+    )
+
+
 def x87_registers(
-    state: memoryview,
+    view: X87View,
 ) -> tuple[dict[str, Callable[[], int]], dict[str, Callable[[int], None]]]:
-    """What reads and what writes registers in a CPU state, by name, as Unicorn's API does.
+    """What reads and what writes registers, by name, as Unicorn's API does.
 
     None are written that Unicorn has a second time: the control word.
     """
-    found = x87_layout()
-    if found is None:
-        return {}, {}
-    whole = state.cast("B")
-    quads, words, halves = whole.cast("Q"), whole.cast("I"), whole.cast("H")
-    top, status, tags = found.top // 4, found.status // 2, found.tags // 4
-    low, high = found.registers // 8, found.registers // 2 + 4
+    top, status, empty = view.top, view.status, view.empty
+    significands, exponents = view.significands, view.exponents
 
     def read_status() -> int:
-        return (halves[status] & ~_TOP) | words[top] << 11
+        return (status[0] & ~_TOP) | top[0] << 11
 
     def write_status(value: int) -> None:
-        halves[status] = value & ~_TOP
-        words[top] = value >> 11 & 7
+        status[0] = value & ~_TOP
+        top[0] = value >> 11 & 7
 
     def read_tags() -> int:
-        empty = words[tags] | words[tags + 1] << 32
-        if empty == _ALL_EMPTY:
-            return 0xFFFF
         word = 0xFFFF
-        for n in _USED[empty]:
-            exponent, significand = halves[high + 8 * n] & 0x7FFF, quads[low + 2 * n]
+        for n in _USED[bytes(empty)]:
+            exponent, significand = exponents[n] & 0x7FFF, significands[n]
             if significand >> 63 and 0 < exponent < 0x7FFF:
                 kind = 0
             else:
@@ -191,36 +208,31 @@ def x87_registers(
         return word
 
     def write_tags(value: int) -> None:
-        empty = _EMPTY[value & value >> 1 & 0x5555]
-        words[tags], words[tags + 1] = empty & 0xFFFF_FFFF, empty >> 32
+        empty[:] = _EMPTY[value & value >> 1 & 0x5555]
 
     def reader(i: int) -> Callable[[], int]:
         def read() -> int:
-            n = words[top] + i & 7
-            return quads[low + 2 * n] | halves[high + 8 * n] << 64
+            n = top[0] + i & 7
+            return int(significands[n] | exponents[n] << 64)
 
         return read
 
     def writer(i: int) -> Callable[[int], None]:
         def write(value: int) -> None:
-            n = words[top] + i & 7
-            quads[low + 2 * n] = value & (1 << 64) - 1
-            halves[high + 8 * n] = value >> 64
+            n = top[0] + i & 7
+            significands[n] = value & (1 << 64) - 1
+            exponents[n] = value >> 64
 
         return write
 
-    def quad(offset: int) -> tuple[Callable[[], int], Callable[[int], None]]:
-        return partial(quads.__getitem__, offset // 8), partial(quads.__setitem__, offset // 8)
-
-    (read_fip, write_fip), (read_fdp, write_fdp) = quad(found.instruction), quad(found.operand)
-    control = found.control // 2
     readers: dict[str, Callable[[], int]] = {
-        "fpsw": read_status, "fptag": read_tags, "fip": read_fip, "fdp": read_fdp,
-        "fpcw": partial(halves.__getitem__, control),
+        "fpsw": read_status, "fptag": read_tags, "fip": partial(view.instruction.__getitem__, 0),
+        "fpcw": partial(view.control.__getitem__, 0),
         **{f"st{i}": reader(i) for i in range(8)},
     }  # fmt: skip
     writers: dict[str, Callable[[int], None]] = {
-        "fpsw": write_status, "fptag": write_tags, "fip": write_fip, "fdp": write_fdp,
+        "fpsw": write_status, "fptag": write_tags,
+        "fip": partial(view.instruction.__setitem__, 0),
         **{f"st{i}": writer(i) for i in range(8)},
     }  # fmt: skip
     return readers, writers
