@@ -150,10 +150,11 @@ class Cpu:
     def transaction(self, action: Callable[[], _T]) -> Callable[[], _T]:
         """``action``, undone if it raises: what it wrote to GPRs, RIP, RFLAGS, MXCSR, vectors,
         opmasks and memory (RAM; what a device was told stays told)."""
-        copies, logged, plain = self._copies, self._logged_write, self._plain_write
-        undo = self._undo
+        copies, logged, plain = self._copies[1:], self._logged_write, self._plain_write
+        undo, (first, whole) = self._undo, self._copies[0]
 
         def run() -> _T:
+            first[_ALL] = whole
             for saved, image in copies:
                 saved[_ALL] = image
             self.write = logged

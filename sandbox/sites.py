@@ -28,6 +28,7 @@ class Site:
     """A trapped instruction at an address, found once and looked at again only if it changed."""
 
     __slots__ = (
+        "behind",
         "generation",
         "handlers",
         "host",
@@ -41,7 +42,7 @@ class Site:
         "tally",
     )
 
-    def __init__(self, bound: Bound, fetched: bytes) -> None:
+    def __init__(self, bound: Bound, fetched: bytes, rip: int) -> None:
         self.insn = bound.insn
         self.run: Action = bound.run
         self.handlers = bound.handlers
@@ -49,6 +50,7 @@ class Site:
         self.length = bound.insn.length
         self.raw = bound.insn.raw
         self.rip_mask = bound.rip_mask
+        self.behind = (rip + self.length) & self.rip_mask
         self.page = _EXIT_HEAD + emulation_failure_page(fetched)
         self.host: Any = b""
         self.span = slice(0)
@@ -131,8 +133,9 @@ class Sites:
         insn = self.instruction(rip)
         site = self.by_rip.get(rip)
         if site is None or site.raw != insn.raw or site.insn.bitness != insn.bitness:
-            site = Site(self._bind(insn), self.fetched(rip))
+            site = Site(self._bind(insn), self.fetched(rip), rip)
             self.by_rip[rip] = site
+            self.not_trapped.discard(rip)
         linear = self._linear(rip)
         if linear % PAGE_SIZE + insn.length <= PAGE_SIZE:
             slot, page = self._engine.memory.code_page(linear)
@@ -162,7 +165,7 @@ class Sites:
         bound = self._emulator.bind(insn) if insn.code in mmio_forms() else None
         if bound is None or not bound.handlers:
             bound = self._bind(insn)
-        return Site(bound, self.fetched(rip))
+        return Site(bound, self.fetched(rip), rip)
 
     def _bind(self, insn: Insn) -> Bound:
         """Who takes ``insn``: the user's handlers, or the machine if it intercepts it."""

@@ -39,7 +39,7 @@ from sandbox.watchdog import WATCHDOG
 
 DR6_BS = 1 << 14
 """In DR6: the debug exception is a single step."""
-TIMED, SAMPLE = 1000, 15
+TIMED, SAMPLE = 1000, 16
 """So many stops of a run are timed, then one of 16: reading the clock takes a tenth of a short
 stay in the handler tier."""
 _POP_FLAGS = ("popf", "iret")
@@ -168,18 +168,22 @@ class Vcpu:
         enter = self.engine.enter if self.external is None else self.external.enter
         trapped, insn = self._trapped, Stop.INSN
         clock = time.perf_counter
-        slow, stops = 0.0, 0
+        slow, stops, weight, untimed = 0.0, 0, 1, range(0)
         start = clock()
         try:
             while left is None:
                 stop = enter()
-                stops += 1
-                if stops > TIMED and stops & SAMPLE:
-                    left = trapped() if stop is insn else self._stopped(stop)
-                    continue
                 middle = clock()
                 left = trapped() if stop is insn else self._stopped(stop)
-                slow += (clock() - middle) * (1 if stops <= TIMED else SAMPLE + 1)
+                slow += (clock() - middle) * weight
+                stops += 1
+                if stops == TIMED:
+                    weight, untimed = SAMPLE, range(SAMPLE - 1)
+                for _ in untimed:
+                    if left is not None:
+                        break
+                    stop = enter()
+                    left = trapped() if stop is insn else self._stopped(stop)
         finally:
             self.stats.fast_seconds += clock() - start - slow
             self.stats.fallback_seconds += slow
@@ -249,7 +253,10 @@ class Vcpu:
                     else:
                         site.tally.count += 1
                         if verdict is None and not memory.mmio_used:
-                            rip = rip_view[0] = (rip_view[0] + site.length) & site.rip_mask
+                            if rip_view[0] == rip:
+                                rip = rip_view[0] = site.behind
+                            else:  # the handler moved it
+                                rip = rip_view[0] = (rip_view[0] + site.length) & site.rip_mask
                             left = None
                         else:
                             left = self._done(site, verdict)
@@ -261,8 +268,10 @@ class Vcpu:
                     return left
                 if self._asked and (flags_view[0] & IF or self.finishing):
                     return self._look_up()
+                if rip in not_trapped:
+                    return None
                 first = rip not in sites
-                if first and (rip in not_trapped or not traps_ahead(rip)):
+                if first and not traps_ahead(rip):
                     return None
 
         return trapped

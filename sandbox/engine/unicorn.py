@@ -93,6 +93,7 @@ class UnicornEngine:
         self._failure: BaseException | None = None
         self._control = self._bank.control_view
         self._controlled = b""
+        self.sync = self._make_sync()
         self._untrusted = False
         """Whether the guest runs under page tables that it may change without our knowing."""
         self._stale: tuple[int, int] | None = None
@@ -405,18 +406,24 @@ class UnicornEngine:
             if found is None or is_nearly_full(state_address(self._handle), found):
                 self._bank.flush_tlb()
 
-    def sync(self) -> None:
-        if self._lowering is not None:
-            self._lowering.take_in()
-        if self._untrusted or bytes(self._control) != self._controlled:
-            self._control_changed()
+    def _make_sync(self) -> Callable[[], None]:
+        control = self._control.tobytes
+
+        def sync() -> None:
+            lowering = self._lowering
+            if lowering is not None:
+                lowering.take_in()
+            if self._untrusted or control() != self._controlled:
+                self._control_changed()
+
+        return sync
 
     def _look_at_control(self) -> None:
-        if self._untrusted or bytes(self._control) != self._controlled:
+        if self._untrusted or self._control.tobytes() != self._controlled:
             self._control_changed()
 
     def _control_changed(self) -> None:
-        self._controlled = bytes(self._control)
+        self._controlled = self._control.tobytes()
         quads, cr = self._bank.quads, self._bank.cr_index
         self._untrusted = quads[cr] & CR0_PG != 0 and quads[cr + 3] != self._trusted_root
         self._flush()
