@@ -284,3 +284,32 @@ def test_a_store_that_reaches_the_code_by_another_address_takes_effect_at_once(
             found.vcpu.registers.gpr[RDI] = distance
             run_to_hlt(found)
             assert found.vcpu.registers.gpr[RAX] == 10 * rounds - 8
+
+
+@pytest.mark.parametrize("text", ["andn r9, rax, r10", "sarx rbx, r9, r11", "pdep rax, rbx, rcx"])
+def test_what_unicorn_refuses_before_vector_code_is_the_handlers(text: str) -> None:
+    """BMI under CR0.TS: Unicorn takes it for vector code, and it is no #NM."""
+    for behind in ("vpaddb ymm1, ymm2, ymm3", "vpgatherdd ymm1, [rax + ymm2], ymm3"):
+        with machine(f"{text}\n {behind}\n hlt", policy="verified", handlers=PACKS) as found:
+            bank = found.vm.engine.bank
+            bank.write("cr0", bank.read("cr0") | 8)
+            left = found.vcpu.run(5)
+            assert isinstance(left, GuestException) and left.exception == 7
+            assert found.vcpu.registers.rip == 0x1005
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Unicorn: SETcc [mem] works out the flags, then stores; if that faults, or is a device, "
+    "the flags are lost, so that the guest's handler, and the store done again, see others",
+)
+@pytest.mark.parametrize("condition", "be a l ge le g p o".split())
+def test_a_set_on_a_condition_whose_store_faults_keeps_the_flags(condition: str) -> None:
+    source = f"mov r8d, 7\n or r8, 0x38\n set{condition} byte ptr [rdi]\n hlt"
+    seen = []
+    for address in (0x20_0000, 0x6000_0000):
+        with machine(source, policy="verified", handlers=PACKS) as found:
+            found.vcpu.registers.gpr[RDI] = address
+            found.vcpu.run(5)
+            seen.append(found.vcpu.registers.rflags & 0x8C5)
+    assert seen[0] == seen[1]

@@ -354,8 +354,9 @@ class RunBuilder:
             mark = emitter.mark()
             raw = decode(code[at : decoder.position], 64)
             if not self._traps(raw):
-                if len(pending) == MAX_STRETCH or not self._copy(emitter, insn):
-                    break
+                full = len(pending) == MAX_STRETCH
+                if not found.lowered or full or not self._copy(emitter, insn):
+                    break  # at the start: Unicorn refuses what is allowed, as BMI under CR0.TS
                 pending.append(decoder.ip)
                 continue
             if not self._lower(emitter, insn, raw):
