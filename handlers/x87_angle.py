@@ -24,7 +24,8 @@ from handlers.x87_format import (
     round_extended,
     split,
 )
-from handlers.x87_fpu import C2, Fpu, quick, simple
+from handlers.x87_fpu import C2, Fpu, simple
+from handlers.x87_in_place import quick
 from handlers.x87_series import (
     BITS,
     SMALL,

@@ -18,23 +18,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from handlers.softfloat import DE, IE, PE, ZE
+from handlers.softfloat import DE, IE, ZE
 from handlers.x87_format import (
     DEFAULT_NAN,
-    INTEGER_BIT,
     NANS,
     QUIET_BIT,
     SIGN,
     SIGNIFICAND,
-    TOP_EXPONENT,
     Kind,
     Rounded,
     kind_of,
 )
 from sandbox.cpu import MF, NM, Cpu, Fault, bind_offset
 from sandbox.decode import Insn
-from sandbox.handler import Action, Handler, Verdict
-from sandbox.registers import DirectBank, X87View, reader, writer
+from sandbox.handler import Action, Handler
+from sandbox.registers import reader, writer
 
 SF, ES, B = 0x40, 0x80, 0x8000
 C0, C1, C2, C3 = 0x100, 0x200, 0x400, 0x4000
@@ -45,7 +43,7 @@ TOP = 0x3800
 PRECOMPUTATION = IE | DE | ZE
 """Exceptions that, unmasked, leave operands and stack alone (SDM Vol. 1, 8.6)."""
 
-_MP, _EM, _TS, _NE = 2, 4, 8, 0x20
+_MP, EM, TS, _NE = 2, 4, 8, 0x20
 _ST: Final = tuple(f"st{i}" for i in range(8))
 _EMPTY: Final = 3
 _APPROXIMATE: Final = frozenset("fsin fcos fsincos fptan fpatan f2xm1 fyl2x fyl2xp1".split())
@@ -86,7 +84,7 @@ class Fpu:
     def begin_control(self) -> int:
         """#NM if the unit is off: for instructions that do not wait for a pending exception."""
         cr0 = self._cr0()
-        if cr0 & (_EM | _TS):
+        if cr0 & (EM | TS):
             raise Fault(NM)
         self._load()
         return cr0
@@ -105,7 +103,7 @@ class Fpu:
     def begin_wait(self) -> None:
         """For WAIT: #NM if CR0.MP and CR0.TS are set; #MF if an exception is pending."""
         cr0 = self._cr0()
-        if cr0 & (_MP | _TS) == _MP | _TS:
+        if cr0 & (_MP | TS) == _MP | TS:
             raise Fault(NM)
         self._load()
         self._report(cr0)
@@ -279,8 +277,6 @@ def propagate(operands: tuple[int, ...], kinds: list[Kind]) -> int:
 
 Body = Callable[[], None]
 Binder = Callable[[Cpu, Fpu, Insn], Body]
-Compute = Callable[[int, int, int], "tuple[int, bool] | None"]
-"""Of the control word and two registers: an inexact result, and whether it was rounded up."""
 
 
 class Control(Handler):
@@ -333,68 +329,6 @@ class Instruction(Control):
             end()
 
         return action
-
-
-class Quick(Instruction):
-    """The same for an instruction that is mostly done in place: ``compute(control, x, y)`` makes of
-    normal numbers in ST(0) and ST(1) another one, unless it leaves that to what ``make`` gives.
-
-    ``pops``: the result takes the place of ST(1), and ST(0) is popped. Else ``y`` is any register.
-    """
-
-    def __init__(self, general: Instruction, compute: Compute, *, pops: bool) -> None:
-        super().__init__(general.make, general.mnemonics, general.begin)
-        self.name = general.name
-        self.compute = compute
-        self.pops = pops
-
-    def bind(self, cpu: Cpu, insn: Insn) -> Action:
-        general, bank = super().bind(cpu, insn), cpu.registers.bank
-        view = bank.x87_view() if isinstance(bank, DirectBank) else None
-        controls = cpu.registers.controls
-        if view is None or controls is None:
-            return general
-        return self._in_place(general, view, controls, cpu.registers.rip_view)
-
-    def _in_place(
-        self, general: Action, view: X87View, controls: memoryview, rip: memoryview
-    ) -> Action:
-        compute, pops = self.compute, self.pops
-        top, status, control, pointer = view.top, view.status, view.control, view.instruction
-        empty, significands, exponents = view.empty, view.significands, view.exponents
-
-        def action() -> Verdict | None:
-            n, word = top[0], control[0]
-            k = n + 1 & 7 if pops else n
-            low, high, low_y, high_y = significands[n], exponents[n], significands[k], exponents[k]
-            if (
-                controls[0] & (_EM | _TS)
-                or status[0] & ES
-                or ~word & FLAGS
-                or empty[n]
-                or empty[k]
-                or not low & low_y & INTEGER_BIT
-                or not 0 < high & TOP_EXPONENT < TOP_EXPONENT
-                or not 0 < high_y & TOP_EXPONENT < TOP_EXPONENT
-            ):
-                return general()
-            found = compute(word, high << 64 | low, high_y << 64 | low_y)
-            if found is None:
-                return general()
-            bits, up = found
-            significands[k], exponents[k] = bits & SIGNIFICAND, bits >> 64
-            status[0] = status[0] & ~C1 | (PE | C1 if up else PE)
-            if pops:
-                empty[n], top[0] = 1, k
-            pointer[0] = rip[0]
-            return None
-
-        return action
-
-
-def quick(compute: Compute, *, pops: bool = False) -> Callable[[Instruction], Quick]:
-    """Have an instruction done in place where ``compute`` can."""
-    return partial(Quick, compute=compute, pops=pops)
 
 
 def _name(function: Callable[..., Any]) -> str:

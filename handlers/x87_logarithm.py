@@ -21,7 +21,8 @@ from handlers.x87_format import (
     split,
     value_of,
 )
-from handlers.x87_fpu import Fpu, quick, simple
+from handlers.x87_fpu import Fpu, simple
+from handlers.x87_in_place import quick
 from handlers.x87_series import (
     BITS,
     SMALL,
