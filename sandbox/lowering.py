@@ -50,12 +50,6 @@ COUNT_OFFSET: Final = 0x300
 """RAX while a run is counted."""
 SPILL_OFFSET: Final = 0x310
 """256 bytes for a rule to pass values through memory."""
-NEXT_OFFSET: Final = 0x410
-"""Where a host run has hidden code jump to."""
-EXECUTED_OFFSET: Final = 0x420
-"""1 from the end of a host run until its jump back, else 0."""
-BAILED_OFFSET: Final = 0x418
-"""Host address of the words of the host run that stopped the guest, or 0."""
 
 BEFORE: Final = -1
 FIRST_GPR: Final = 16

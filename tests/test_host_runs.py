@@ -17,7 +17,7 @@ import pytest
 from sandbox.boot import Machine
 from sandbox.engine.unicorn import UnicornEngine
 from sandbox.exits import GuestException
-from sandbox.lowering import BAILED_OFFSET, EXECUTED_OFFSET, NEXT_OFFSET
+from sandbox.lowering import SAVED_OFFSET, SPILL_OFFSET, UPPER_OFFSET
 from sandbox.policy import Policy
 from sandbox.registers import RAX, RCX, RDI, RDX, RSI
 from tests.guest import machine, run_to_hlt
@@ -202,12 +202,12 @@ def test_flags_are_the_guests(why: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1, 0x1234_5678_90, 1 << 63, (1 << 64) - 8])
-@pytest.mark.parametrize("offset", [BAILED_OFFSET, NEXT_OFFSET, EXECUTED_OFFSET], ids=hex)
+@pytest.mark.parametrize("offset", [UPPER_OFFSET, SAVED_OFFSET, SPILL_OFFSET], ids=hex)
 @pytest.mark.parametrize("end", ["mov rax, [rsi]", "mov rax, [rdx]", "cpuid", "hlt"])
 def test_a_guest_that_writes_into_the_state_page_harms_but_itself(
     offset: int, value: int, end: str
 ) -> None:
-    """The words there are for Python and the run to tell each other where to go on."""
+    """Where to go on is not said there, but where the guest cannot write."""
     source = f"vpaddd ymm0, ymm0, ymm0\n mov [rdi], rcx\n {end}\n vpaddd ymm0, ymm0, ymm0\n hlt"
     with machine(source, policy="verified", handlers=PACKS) as found:
         registers = found.vcpu.registers

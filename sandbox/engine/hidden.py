@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sandbox.lowering import (
-    BAILED_OFFSET,
-    EXECUTED_OFFSET,
     FIRST_GPR,
-    NEXT_OFFSET,
     SAVED_OFFSET,
     UPPER_OFFSET,
 )
@@ -36,6 +33,9 @@ PER_PAGE: Final = PAGE_SIZE // _HOST_ENTRY_BYTES
 _HOST_BYTES: Final = HOST_ENTRIES * _HOST_ENTRY_BYTES
 DATA_BYTES: Final = 1 << 18
 _JUMP_BYTES: Final = 5
+_JUMP_TO_NEXT: Final = bytes.fromhex("ff25f2ffffff")
+"""JMP [rip - 14]: by the 8 bytes before it. There because a page more that is in use is one more
+that may share its TLB entry with the guest's."""
 _CODE_LIMIT: Final = CODE_BYTES - _HOST_BYTES
 _LAST_2G: Final = (1 << 64) - (1 << 31)
 _YMM_COUNT: Final = 16
@@ -72,13 +72,13 @@ class HiddenMemory:
         """Linear address of the state page."""
         self.host_base = self.state - _HOST_BYTES
         """Linear address of the code from which host runs are called: the end of the code."""
-        self.state_host = self._data.address
+        self.code_host, self.state_host = self._code.address, self._data.address
         space.map(self.linear, _CODE_BASE, CODE_BYTES, write=False, execute=True)
         space.map(self.state, _DATA_BASE, DATA_BYTES, write=True, execute=False)
         self.places: dict[int, Place] = {}
         """By linear address: each instruction there is."""
         self._used = self._used_entries = 0
-        self._quads = self._counters = memoryview(self._data.host).cast("Q")
+        self._counters = memoryview(self._data.host).cast("Q")
         self._next_counter = PAGE_SIZE // 8
         import numpy as np  # a guest without vector code need not wait for it
 
@@ -141,8 +141,7 @@ class HiddenMemory:
         back = self.back_of(linear)
         jump = b"\xe9" + (back - (linear + 8 + _JUMP_BYTES)).to_bytes(4, "little")
         self._put(linear, (linear + 8).to_bytes(8, "little") + jump)
-        following = self.state + NEXT_OFFSET - (back + 6)
-        self._put(back, b"\xff\x25" + following.to_bytes(4, "little"))
+        self._put(back, _JUMP_TO_NEXT)
         return number, linear
 
     @staticmethod
@@ -154,28 +153,10 @@ class HiddenMemory:
         at = linear - self.linear
         self._code.host[at : at + len(code)] = code
 
-    @property
-    def next(self) -> int:
-        """Where the last host run had hidden code jump to."""
-        return self._quads[NEXT_OFFSET // 8]
-
-    @property
-    def executed(self) -> bool:
-        """Whether a host run has been called and not been returned from."""
-        return self._quads[EXECUTED_OFFSET // 8] != 0
-
-    @executed.setter
-    def executed(self, value: bool) -> None:
-        self._quads[EXECUTED_OFFSET // 8] = value
-
-    @property
-    def bailed(self) -> int:
-        """Host address of the words of the host run that stopped the guest, or 0."""
-        return self._quads[BAILED_OFFSET // 8]
-
-    @bailed.setter
-    def bailed(self, value: int) -> None:
-        self._quads[BAILED_OFFSET // 8] = value
+    def next_at(self, linear: int) -> int:
+        """Where the jump back goes on in the page of ``linear``."""
+        at = (linear | PAGE_SIZE - 1) + 1 - _HOST_ENTRY_BYTES - self.linear
+        return int.from_bytes(self._code.host[at : at + 8], "little")
 
     def free_counter(self) -> int:
         """Linear address of the next counter of 8 bytes; they last for all runs that fit."""

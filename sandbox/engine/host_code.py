@@ -20,7 +20,7 @@ from sandbox.engine.unicorn_tlb import FAST_BYTES, SUPERVISOR, TlbLayout
 PAGE_OFFSET_BITS: Final = 12
 RETURN: Final = b"\xc3"
 ZERO_UPPERS: Final = bytes.fromhex("c5f877")  # vzeroupper
-_HOST_MXCSR, _GUEST_MXCSR, _ROUNDS = -16, -12, -24
+_HOST_MXCSR, _GUEST_MXCSR, _ROUNDS, _NEXT = -16, -12, -24, -40
 """Offsets from RSP, in the red zone, below what PUSHFQ writes."""
 _CC_OP_EFLAGS: Final = 1
 """QEMU's name for "the flags are what ``cc_src`` says"."""
@@ -297,24 +297,29 @@ def count(offset: int) -> bytes:
     return b"\x49\xff\x81" + _i32(offset)
 
 
-def set_next(following: int, executed: int) -> bytes:
-    """MOV [r9 + following], RAX: where hidden code jumps then; and the note that it has to."""
-    note = b"\x49\xc7\x81" + _i32(executed) + _i32(1)  # mov qword [r9 + executed], 1
-    return b"\x49\x89\x81" + _i32(following) + note
+def set_next(executed: int) -> bytes:
+    """Hidden code goes on at RAX; and the note that it has to: 1 at ``executed``."""
+    note = set_rcx(executed) + b"\x48\xc7\x01" + _i32(1)  # mov qword [rcx], 1
+    return b"\x48\x8b\x4c\x24" + _i8(_NEXT) + b"\x48\x89\x01" + note
 
 
 def clear_note(executed: int) -> bytes:
-    """What is called before hidden code jumps: MOV QWORD [r9 + executed], 0."""
-    return b"\x49\xc7\x81" + _i32(executed) + _i32(0) + RETURN
+    """What is called before hidden code jumps."""
+    return set_rcx(executed) + b"\x48\xc7\x01" + _i32(0) + RETURN
 
 
-def dispatcher(base: int, entries: int, state: int, page: int, code: int) -> bytes:
+def dispatcher(base: int, entries: int, to_host: int, state: int, page: int, code: int) -> bytes:
     """What Unicorn calls before an instruction at ``address``: (handle, address, size, offsets).
 
     There is one instruction in each 16 bytes of hidden code from ``base`` on; ``offsets`` has 4
-    bytes for each: where in ``code`` is what is to be done before it, 0 if nothing.
+    bytes for each: where in ``code`` is what is to be done before it, 0 if nothing. The last 16
+    bytes of its page begin with where it goes on; ``to_host`` leads from there to the host's.
     """
     jump = b"".join((
+        b"\x48\x81\xce", _i32(0xFFF),  # or rsi, 0xfff
+        b"\x48\xba", _u64(to_host - 15),  # mov rdx, to_host - 15
+        b"\x48\x01\xd6",  # add rsi, rdx
+        b"\x48\x89\x74\x24", _i8(_NEXT),  # mov [rsp - 40], rsi
         b"\x48\xba", _u64(state),  # mov rdx, state
         b"\x49\xb9", _u64(page),  # mov r9, page
         b"\x48\xb9", _u64(code),  # mov rcx, code
@@ -338,16 +343,16 @@ def count_words(address: int) -> bytes:
     return set_rcx(address) + b"\x48\xff\x41\x10"  # inc qword [rcx + 16]
 
 
-def bail(following: int, executed: int, bailed: int, handle: int, stop: int) -> bytes:
+def bail(executed: int, bailed: int, handle: int, stop: int) -> bytes:
     """The end of every run that cannot go on: RCX points to the words of the instruction, see
-    :mod:`sandbox.engine.host_run`."""
-    onward = b"\x48\xff\x41\x18" + set_next(following, executed) + RETURN  # inc qword [rcx + 24]
+    :mod:`sandbox.engine.host_memory`."""
+    onward = b"\x48\xff\x41\x18" + set_next(executed) + RETURN  # inc qword [rcx + 24]
     return b"".join((
         b"\x48\x8b\x01",  # mov rax, [rcx]
         b"\x48\x85\xc0", b"\x74", bytes((len(onward),)),  # test rax, rax; jz stop
         onward,
         b"\x48\xff\x41\x10",  # inc qword [rcx + 16]
-        b"\x48\x8b\x41\x08", set_next(following, executed),  # mov rax, [rcx + 8]
-        b"\x49\x89\x89", _i32(bailed),  # mov [r9 + bailed], rcx
+        b"\x48\xbf", _u64(bailed), b"\x48\x89\x0f",  # mov [bailed], rcx
+        b"\x48\x8b\x41\x08", set_next(executed),  # mov rax, [rcx + 8]
         b"\x48\xbf", _u64(handle), set_rax(stop), b"\xff\xe0",  # uc_emu_stop(handle)
     ))  # fmt: skip

@@ -11,7 +11,6 @@ from sandbox.engine import host_code as hc
 from sandbox.engine.hidden import HOST_ENTRIES, PER_PAGE, HiddenMemory
 from sandbox.engine.unicorn_layout import Layout
 from sandbox.engine.unicorn_tlb import TlbLayout
-from sandbox.lowering import BAILED_OFFSET, EXECUTED_OFFSET, NEXT_OFFSET
 
 MAX_INSNS: Final = 100
 """So many instructions a run has at most."""
@@ -20,6 +19,8 @@ _WORDS_BYTES: Final = 4 << 20
 _WORDS: Final = 4
 """Of 8 bytes, for each way out: where to go on in hidden code, or 0; the guest's address; how
 often the run was left there; how often hidden code went on."""
+_BAILED, _EXECUTED = 0, 1
+"""Indices of words that are no way out's."""
 _MOST_CODE: Final = MAX_INSNS * 512
 """More bytes than a run ever takes."""
 
@@ -48,10 +49,13 @@ class HostMemory:
         self.entry = _address(self._code)
         """Host address of what Unicorn is to call."""
         entry = hc.dispatcher(
-            hidden.host_base, HOST_ENTRIES, where.state, hidden.state_host, self.entry
-        )
-        bail = hc.bail(NEXT_OFFSET, EXECUTED_OFFSET, BAILED_OFFSET, where.handle, where.stop)
-        back = hc.clear_note(EXECUTED_OFFSET)
+            hidden.host_base, HOST_ENTRIES, hidden.code_host - hidden.linear, where.state,
+            hidden.state_host, self.entry,
+        )  # fmt: skip
+        self.executed_address = self.words_address + 8 * _EXECUTED
+        bailed = self.words_address + 8 * _BAILED
+        bail = hc.bail(self.executed_address, bailed, where.handle, where.stop)
+        back = hc.clear_note(self.executed_address)
         self.bail = len(entry)
         """Offset of the common end of all that bail out."""
         self._back = len(entry) + len(bail)
@@ -59,6 +63,24 @@ class HostMemory:
         self._code[: self._first] = entry + bail + back
         self._used = self._used_words = 0
         self.clear()
+
+    @property
+    def executed(self) -> bool:
+        """Whether a host run has been called and the jump back from it has not been done."""
+        return self.words[_EXECUTED] != 0
+
+    @executed.setter
+    def executed(self, value: bool) -> None:
+        self.words[_EXECUTED] = value
+
+    @property
+    def bailed(self) -> int:
+        """Host address of the words of the host run that stopped the guest, or 0."""
+        return self.words[_BAILED]
+
+    @bailed.setter
+    def bailed(self, value: int) -> None:
+        self.words[_BAILED] = value
 
     @property
     def is_full(self) -> bool:
@@ -89,7 +111,7 @@ class HostMemory:
     def clear(self) -> None:
         """Forget all runs; Unicorn must have forgotten their hidden code."""
         self._used = self._first + 15 & -16
-        self._used_words = _WORDS  # the words at 0 are nobody's
+        self._used_words = _WORDS  # the first are those above
         page = bytes(4 * PER_PAGE - 4) + self._back.to_bytes(4, "little")
         self._offsets[:] = page * (HOST_ENTRIES // PER_PAGE)
 

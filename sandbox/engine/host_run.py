@@ -30,8 +30,6 @@ from sandbox.engine.host_operands import HOST_GENERAL, STATUS_FLAGS, Flags, Kind
 from sandbox.engine.host_x87 import X87, point
 from sandbox.engine.unicorn_layout import SEGMENT_BYTES
 from sandbox.lowering import (
-    EXECUTED_OFFSET,
-    NEXT_OFFSET,
     SPILL_OFFSET,
     UPPER_OFFSET,
     signed,
@@ -208,7 +206,7 @@ class HostRun:
         if last.operands.kind is Kind.RETURN:
             self._emit(hc.LOAD_R10, hc.add_to_state(stack, 8))
             self._emit(*self._stores(self._dirty, self._in_mxcsr), hc.RAX_FROM_R10)
-            self._emit(hc.set_next(NEXT_OFFSET, EXECUTED_OFFSET), hc.RETURN)
+            self._emit(hc.set_next(self._memory.executed_address), hc.RETURN)
             return
         ends = last.operands.kind in (Kind.JUMP, Kind.CALL)
         self._leave(following or (_target(last) if ends else None) or last.insn.next_ip)
@@ -416,7 +414,7 @@ class HostRun:
             self._emit(hc.jump_if(hc.NOT_ZERO, self._top - end))
         self._emit(*self._stores(self._dirty, self._in_mxcsr))
         self._emit(hc.set_rax(target))
-        self._emit(hc.set_next(NEXT_OFFSET, EXECUTED_OFFSET), hc.RETURN)
+        self._emit(hc.set_next(self._memory.executed_address), hc.RETURN)
 
     def _stores(self, dirty: Set[int], in_mxcsr: bool) -> Iterator[bytes]:
         """Store what has changed, and give the host its own MXCSR back."""

@@ -210,13 +210,6 @@ class RunBuilder:
         """Whether the host does a trapped instruction."""
         return self._host is not None and self._host.accepts(insn)
 
-    def may_have_bailed(self, address: int) -> bool:
-        """Whether ``address`` is the host's of the words of a host run: the guest can write over
-        what says so."""
-        assert self._host is not None
-        words, odd = divmod(address - self._host.memory.words_address, 8)
-        return not odd and words in self._host.bails
-
     def instead(self, address: int, *, unmasked: bool) -> int | None:
         """The entry of hidden code that does the instruction which a host run has bailed out at;
         None if there is no such code. The run will go on there by itself the next time.

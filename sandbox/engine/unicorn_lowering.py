@@ -149,9 +149,10 @@ class UnicornLowering:
     def place(self, linear: int) -> Place | None:
         """What the guest is doing, if it stopped at ``linear`` in hidden code."""
         place = self.hidden.places.get(linear) if self.holds(linear) else None
-        if place is not None and (place.rip is None or self.hidden.executed):
-            self.hidden.executed = False
-            then = self.hidden.next
+        host = self._host_code
+        if place is not None and host and (place.rip is None or host.memory.executed):
+            host.memory.executed = False
+            then = self.hidden.next_at(linear)
             place = self.hidden.places.get(then) or Place(then, True, (), False, ())
         return place
 
@@ -165,13 +166,11 @@ class UnicornLowering:
     def bailed(self) -> bool | None:
         """Whether a host run has stopped the guest: None if not, False if the instruction at RIP is
         for its handler, True if hidden code does it, to which the guest has been sent."""
-        if not self._host_code:
+        if not self._host_code or not self._host_code.memory.bailed:
             return None
-        address, self.hidden.bailed = self.hidden.bailed, 0
-        if not address or not self.runs.may_have_bailed(address):
-            return None
-        self.hidden.executed = False
-        self._registers.rip = self.hidden.next
+        memory, registers = self._host_code.memory, self._registers
+        address, memory.bailed, memory.executed = memory.bailed, 0, False
+        registers.rip = self.hidden.next_at(registers.rip)
         entry = self.runs.instead(address, unmasked=self._registers.mxcsr & MASKS != MASKS)
         if entry is None:
             return False
