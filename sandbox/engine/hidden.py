@@ -9,6 +9,7 @@ its own YMM registers, and nothing else.
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,6 +37,8 @@ _JUMP_BYTES: Final = 5
 _JUMP_TO_NEXT: Final = bytes.fromhex("ff25f2ffffff")
 """JMP [rip - 14]: by the 8 bytes before it. There because a page more that is in use is one more
 that may share its TLB entry with the guest's."""
+_SMALL_TLB: Final = 64
+"""Entries of the smallest TLB that QEMU has."""
 _CODE_LIMIT: Final = CODE_BYTES - _HOST_BYTES
 _LAST_2G: Final = (1 << 64) - (1 << 31)
 _YMM_COUNT: Final = 16
@@ -58,15 +61,35 @@ class Place:
     but not executed if the guest leaves here."""
 
 
-class HiddenMemory:
-    """Pages for code, filled from the front, and for data: the state page, then counters."""
+def _place(size: int, busy: set[int]) -> int:
+    """A random linear address; if there is one, such that what is used most, the first pages of
+    code and data, share no entries of a small TLB with ``busy`` pages: each turn would cost."""
+    choose = random.SystemRandom().randrange
+    for _attempt in range(100):
+        linear = _LAST_2G + choose(((1 << 31) - size) // PAGE_SIZE) * PAGE_SIZE
+        used = linear, linear + CODE_BYTES, linear + CODE_BYTES - _HOST_BYTES
+        if not busy & {at // PAGE_SIZE % _SMALL_TLB for at in used}:
+            break
+    return linear
 
-    def __init__(self, physical: PhysicalMemory, space: AddressSpace, registers: Registers) -> None:
+
+class HiddenMemory:
+    """Pages for code, filled from the front, and for data: the state page, then counters.
+
+    ``in_use``: numbers of pages that the guest uses.
+    """
+
+    def __init__(
+        self,
+        physical: PhysicalMemory,
+        space: AddressSpace,
+        registers: Registers,
+        in_use: Collection[int] = (),
+    ) -> None:
         self._code = physical.add_slot(_CODE_BASE, CODE_BYTES, readonly=True)
         self._data = physical.add_slot(_DATA_BASE, DATA_BYTES)
         size = CODE_BYTES + DATA_BYTES
-        room = ((1 << 31) - size) // PAGE_SIZE
-        self.linear = _LAST_2G + random.SystemRandom().randrange(room) * PAGE_SIZE
+        self.linear = _place(size, {page % _SMALL_TLB for page in in_use})
         self.end = self.linear + size
         self.state = self.linear + CODE_BYTES
         """Linear address of the state page."""

@@ -12,7 +12,9 @@ from sandbox.engine.allowlist import Patch
 from sandbox.engine.hidden import HiddenMemory, Place
 from sandbox.engine.host_builder import HostBuilder
 from sandbox.engine.lowered_run import RunBuilder
+from sandbox.engine.unicorn_layout import state_address
 from sandbox.engine.unicorn_state import UnicornBank
+from sandbox.engine.unicorn_tlb import pages_in_use, tlb_layout
 from sandbox.lowering import Lowering
 from sandbox.memory import PAGE_SIZE, MmioRead, PhysicalMemory
 from sandbox.paging import AddressSpace, PagedMemory
@@ -54,7 +56,9 @@ class UnicornLowering:
         self._traps = traps
         self._registers = registers
         self._root = space.root
-        self.hidden = HiddenMemory(physical, space, registers)
+        found = tlb_layout()
+        in_use = () if found is None else pages_in_use(state_address(bank.handle), found)
+        self.hidden = HiddenMemory(physical, space, registers, in_use)
         host = self._host_code = HostBuilder.make(
             bank.handle, self.hidden, traps, self._is_for_host
         )

@@ -155,18 +155,23 @@ def is_nearly_full(state: int, found: TlbLayout) -> bool:
 
     ``state``: host address of the CPU state, which must not be running.
     """
-    return any(_share(state + found.fast + n * FAST_BYTES, found) > 0.7 for n in (1, 2))
+    return any(tags.count(_NOTHING) < 0.3 * len(tags) for tags in _tags(state, found))
 
 
-def _share(descriptor: int, found: TlbLayout) -> float:
-    mask, table = struct.unpack("<2Q", ctypes.string_at(descriptor, FAST_BYTES))
-    count = (mask >> found.entry_bits) + 1
-    words = memoryview((ctypes.c_char * (count << found.entry_bits)).from_address(table))
-    step = (1 << found.entry_bits) // 8
-    quads = words.cast("B").cast("Q")[found.read // 8 :: step]
-    unused: int = quads.tolist().count(_NOTHING)
-    share: float = 1 - unused / count
-    return share
+def pages_in_use(state: int, found: TlbLayout) -> set[int]:
+    """Numbers of the pages that the guest has read from lately; see :func:`is_nearly_full`."""
+    return {tag // PAGE_SIZE for tags in _tags(state, found) for tag in tags if tag != _NOTHING}
+
+
+def _tags(state: int, found: TlbLayout) -> Iterator[list[int]]:
+    """The first word of each entry, of either TLB."""
+    for number in (USER, SUPERVISOR):
+        descriptor = ctypes.string_at(state + found.fast + number * FAST_BYTES, FAST_BYTES)
+        mask, table = struct.unpack("<2Q", descriptor)
+        count = (mask >> found.entry_bits) + 1
+        words = memoryview((ctypes.c_char * (count << found.entry_bits)).from_address(table))
+        step = (1 << found.entry_bits) // 8
+        yield words.cast("B").cast("Q")[found.read // 8 :: step].tolist()
 
 
 _NOTHING: Final = (1 << 64) - 1
