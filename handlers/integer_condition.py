@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from handlers.flags import CONDITION_NAMES, CONDITIONS
 from handlers.integer import bind_operands
+from handlers.lowered import rule_of
 from sandbox.handler import Action, Handler
 
 if TYPE_CHECKING:
     from sandbox.cpu import Cpu
     from sandbox.decode import Insn
+    from sandbox.lowering import Rule
 
 
 class SetCondition(Handler):
@@ -25,6 +27,9 @@ class SetCondition(Handler):
         write, bank = bound[0].write, cpu.registers.bank
         holds = CONDITIONS[insn.iced.condition_code]
         return lambda: write(holds(bank.read("rflags")))
+
+    def lowering(self, insn: Insn) -> Rule | None:
+        return rule_of(insn)
 
 
 class MoveCondition(Handler):

@@ -292,6 +292,16 @@ def _from_memory(legacy: str, e: Emitter) -> None:
     e.emit(legacy, d, e.spill)
 
 
+def _set_condition(form: str, e: Emitter) -> None:
+    """SETcc to memory: in a register first, for a store that faults would lose flags."""
+    (target,) = e.operands
+    if not isinstance(target, MemoryOperand):
+        raise NotLoweredError
+    byte = _low_byte(e.scratch_gpr())
+    e.emit(form, byte)
+    e.emit("MOV_RM8_R8", target, byte)
+
+
 RULES: dict[str, Rule] = {
     "vpermd": _permute,
     "vpermps": _permute,
@@ -316,6 +326,10 @@ RULES: dict[str, Rule] = {
 }
 
 LEGACY: dict[str, Rule] = {
+    **{
+        f"SET{condition}_RM8": partial(_set_condition, f"SET{condition}_RM8")
+        for condition in "BE A L GE LE G P NP O NO".split()
+    },
     "PSHUFB_XMM_XMMM128": _shuffle_bytes,
     "CVTDQ2PD_XMM_XMMM64": partial(_from_register, "CVTDQ2PD_XMM_XMMM64", "MOVQ_XMM_XMMM64"),
     "CVTPS2PD_XMM_XMMM64": partial(_from_register, "CVTPS2PD_XMM_XMMM64", "MOVQ_XMM_XMMM64"),

@@ -58,7 +58,11 @@ class _Sorting:
         self.allowed: list[str] = []
         self.partly: dict[str, list[str]] = {"register": [], "memory": []}
         for form, by_kind in sorted(kinds.items()):
-            right = [kind for kind, finding in by_kind.items() if is_right(finding)]
+            right = [
+                kind
+                for kind, finding in by_kind.items()
+                if is_right(finding) and not _is_kept_from(form, kind)
+            ]
             if len(right) == len(by_kind):
                 self.allowed.append(form)
             elif right and _is_about_operands(by_kind[right[0]], by_kind.values()):
@@ -92,6 +96,13 @@ def _is_kept_away(form: str) -> bool:
         return True
     by_hand = _by_hand()
     return by_hand.deciding(code) >= 0 and not by_hand.allowed[code]
+
+
+def _is_kept_from(form: str, operands: str) -> bool:
+    """Whether a form with operands of a kind is trapped by hand."""
+    code = getattr(Code, form)
+    rules = (rule for rule in _by_hand().rules if rule.operands == operands and not rule.allow)
+    return any(code in rule.forms for rule in rules)
 
 
 def write_policy(path: Path, data: dict[str, Any], findings: Sequence[Finding]) -> None:
