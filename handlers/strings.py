@@ -80,6 +80,9 @@ class StringCompare(Handler):
     lengths: bool
     index: bool
 
+    def on_host(self, insn: Insn) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         self.name = f"strings.{self.names[0]}"
         self.mnemonics = mnemonics_of(self.names)

@@ -224,6 +224,31 @@ def test_a_guest_that_writes_into_the_state_page_harms_but_itself(
         run_to_hlt(found)
 
 
+LEGACY = (
+    "pshufb xmm1, {x}", "pcmpistri xmm1, {x}, 12", "pcmpistrm xmm1, {x}, 0x4c",
+    "sha1msg1 xmm1, {x}", "sha1msg2 xmm1, {x}", "sha1nexte xmm1, {x}", "sha1rnds4 xmm1, {x}, 2",
+    "sha256msg1 xmm1, {x}", "sha256msg2 xmm1, {x}", "sha256rnds2 xmm1, {x}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("x", ["xmm2", "xmm1", "[rdi]", "[rdi + 4080]"])
+@pytest.mark.parametrize("text", LEGACY)
+def test_what_is_not_vex_keeps_the_upper_halves(text: str, x: str) -> None:
+    source = f"""
+        mov rdi, 0x200000
+        vpcmpeqd ymm0, ymm0, ymm0
+        vpsubd ymm1, ymm0, [rdi]
+        vpsubd ymm2, ymm1, ymm0
+        {text.format(x=x)}
+        {text.format(x="xmm2")}
+        vpaddd ymm3, ymm1, ymm0
+        pushfq
+        pop rax
+        hlt
+    """
+    same(source)
+
+
 @pytest.mark.parametrize("text", ["vmovdqa ymm1, [rdi + 8]", "vmovaps [rdi + 16], ymm2"])
 @pytest.mark.parametrize("trapped", [(), ("movups",), ("movups", "movaps", "movdqu", "movdqa")])
 def test_an_aligned_move_with_a_misaligned_operand_never_faults_in_the_host(

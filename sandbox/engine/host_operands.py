@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cache, lru_cache
 from typing import Any, Final
@@ -36,15 +36,30 @@ from sandbox.registers import AF, CF, OF, PF, SF, ZF
 
 _registers: Any = RegisterExt  # its functions take numbers too, as instructions give them
 _FEATURES: Final = frozenset(
-    "avx avx2 fma f16c aes vaes pclmulqdq vpclmulqdq gfni bmi1 bmi2 popcnt movbe".split()
+    "avx avx2 fma f16c aes vaes pclmulqdq vpclmulqdq gfni bmi1 bmi2 popcnt movbe ssse3 sse4_2 "
+    "sha_ni".split()
 )
 """What instructions may need, as Linux names it."""
 STATUS_FLAGS: Final = CF | PF | AF | ZF | SF | OF
 _NOT: Final = (
-    "vrcp", "vrsqrt", "vgather", "vpgather", "vmaskmov", "vpmaskmov", "vpcmpestr", "vpcmpistr",
-    "vldmxcsr", "vstmxcsr",
+    "vrcp", "vrsqrt", "vgather", "vpgather", "vmaskmov", "vpmaskmov", "vpcmpestr", "vldmxcsr",
+    "vstmxcsr",
 )  # fmt: skip
 """Beginnings of mnemonics: approximations, several memory accesses, hidden operands."""
+_LEGACY: Final = frozenset(
+    "pshufb pcmpistri pcmpistrm sha1msg1 sha1msg2 sha1nexte sha1rnds4 sha256msg1 sha256msg2 "
+    "sha256rnds2".split()
+)
+"""Instructions of SSE and SHA that the host may do: on integers. They keep upper halves."""
+_UNALIGNED: Final = frozenset("pcmpistri pcmpistrm".split())
+"""Those of them that take memory operands at any address."""
+_HIDDEN_XMM0: Final = {
+    "sha256rnds2": (True, False),
+    "pcmpistrm": (False, True),
+    "vpcmpistrm": (False, True),
+}
+"""What reads or writes XMM0 without naming it."""
+_HIDDEN_ECX: Final = frozenset("pcmpistri vpcmpistri".split())
 _ALIGNED: Final = frozenset("vmovaps vmovapd vmovdqa vmovntps vmovntpd vmovntdq vmovntdqa".split())
 _NO_MXCSR: Final = (
     "vp", "vmov", "vand", "vor", "vxor", "vshuf", "vblend", "vbroadcast", "vextract", "vinsert",
@@ -75,6 +90,8 @@ _IDLE: Final = frozenset(("nop", "endbr64"))
 _ARITHMETIC_FLAGS: Final = (
     RflagsBits.CF | RflagsBits.PF | RflagsBits.AF | RflagsBits.ZF | RflagsBits.SF | RflagsBits.OF
 )
+_RCX, _HOST_RCX = 1, 2
+"""The number of RCX, and its place among the following."""
 HOST_GENERAL: Final = ("r10", "r11", "rcx", "rax")
 """What stands for the general registers among the operands, in their order; RAX for itself."""
 _HOST_GENERAL: Final = {
@@ -206,7 +223,8 @@ def operands_on_the_way(insn: Instruction, raw: bytes) -> Operands | None:
 
 def _analyse_trapped(insn: Instruction) -> Operands | None:
     name = MNEMONIC_NAMES[insn.mnemonic]
-    if name not in _INSTEAD_OF_HANDLERS and not is_exact(insn.mnemonic, insn.encoding):
+    legacy = name in _INSTEAD_OF_HANDLERS or name in _LEGACY
+    if not legacy and not is_exact(insn.mnemonic, insn.encoding):
         return None
     if name == "vzeroupper" or name == "vzeroall":
         kind = Kind.ZERO_UPPERS if name == "vzeroupper" else Kind.ZERO_ALL
@@ -253,7 +271,10 @@ def _stack(insn: Instruction) -> Operands | None:
 
 def _has_features(insn: Instruction) -> bool:
     needed = {FEATURE_NAMES[feature].lower() for feature in insn.cpuid_features()}
-    return needed - _PLAIN <= _FEATURES & host_features()
+    return {_LINUX_NAMES.get(name, name) for name in needed - _PLAIN} <= _FEATURES & host_features()
+
+
+_LINUX_NAMES: Final = {"sha": "sha_ni"}
 
 
 _PLAIN: Final = frozenset(("x64", "cmov", *(f"intel{n}86" for n in "80 1 2 3 4".split())))
@@ -288,6 +309,15 @@ def _analyse(insn: Instruction) -> Operands | None:
     if insn.mnemonic == Mnemonic.CMPXCHG and not _add_accumulator(generals):
         return None
     name = MNEMONIC_NAMES[insn.mnemonic]
+    if name in _HIDDEN_ECX:
+        generals += [General(0, read=False, written=False)] * _HOST_RCX
+        generals.append(General(_RCX, read=False, written=True))
+    if name in _HIDDEN_XMM0:
+        vectors.append(Vector(0, False, *_HIDDEN_XMM0[name]))
+    if name in _LEGACY:
+        vectors = [replace(vector, whole=True, read=True) for vector in vectors]
+        if memory and name not in _UNALIGNED:
+            memory = replace(memory, alignment=memory.size)
     uses_mxcsr = name.startswith("v") and not name.startswith(_NO_MXCSR)
     kept = _DEFINED.get(MNEMONIC_NAMES[insn.mnemonic], STATUS_FLAGS)
     return Operands(tuple(vectors), tuple(generals), memory, code, uses_mxcsr, _flags(insn), kept)
