@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from argparse import Namespace
@@ -135,6 +136,7 @@ def _run(machine: Machine, options: Namespace) -> int:
         vcpu.on_trap = tracer(sys.stderr, vcpu.stats)
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
     left: Any = None
+    gc.freeze()  # what is there now stays, and need not be looked at again and again
     try:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         left = run_interruptibly(vcpu, timeout)

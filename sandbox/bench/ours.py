@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 from sandbox import abi
@@ -23,6 +24,7 @@ def run(
     with Vm(DEFAULT_POLICY, PACKS, engine=engine) as vm:
         vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
         machine = boot_process(vm, program, argv, env)
+        gc.freeze()  # as the command does
         left = machine.vcpu.run()
         ended = process_status(left)
         traps = machine.vcpu.stats.fallback_count

@@ -106,24 +106,18 @@ class HiddenMemory:
         import numpy as np  # a guest without vector code need not wait for it
 
         halves = np.frombuffer(registers.vec.raw, np.complex128).reshape(-1, 4)  # 16 bytes an item
-        self._upper = halves[:_YMM_COUNT, 1]
+        self.upper = halves[:_YMM_COUNT, 1]
+        """The upper halves as handlers see them."""
         self._gpr = registers.gpr
         self._low = memoryview(registers.vec.raw).cast("B")
         at = UPPER_OFFSET // 16
         hidden = np.frombuffer(self._data.host, np.complex128, count=at + _YMM_COUNT)
-        self._hidden = hidden[at:]
+        self.lent = hidden[at:]
+        """The same in the state page, for lowered code."""
 
     def holds(self, linear: int) -> bool:
         """Whether a linear address is in these pages."""
         return self.linear <= linear < self.end
-
-    def take_in(self) -> None:
-        """Copy the upper halves into the registers, where handlers see them."""
-        self._upper[:] = self._hidden
-
-    def give_out(self) -> None:
-        """Copy the upper halves out of the registers, for lowered code."""
-        self._hidden[:] = self._upper
 
     def restore(self, place: Place) -> None:
         """Give the guest back the registers that its instruction was using as scratch."""

@@ -173,11 +173,14 @@ class UnicornEngine:
     def _make_enter(self) -> Callable[[], Stop]:
         start, classify, insn = self._start, self._classify, Stop.INSN
         handle, rip, until, timeout, count = self._start_arguments
+        registers = self.registers
 
         def enter() -> Stop:
             lowering = self._lowering
             if lowering is not None and lowering.taken_in:
-                self._enter_lowered(lowering)
+                if self._entered != (self.generation, registers.xcr0) or lowering.is_full:
+                    self._revise(lowering)
+                lowering.give_out()
             while True:
                 error = start(handle, rip, until, timeout, count)
                 if error == UC_ERR_INSN_INVALID and self._applied is None:
@@ -188,15 +191,12 @@ class UnicornEngine:
 
         return enter
 
-    def _enter_lowered(self, lowering: UnicornLowering) -> None:
+    def _revise(self, lowering: UnicornLowering) -> None:
         """Bring lowered code in line with what the machine did while the guest was stopped."""
-        state = self.generation, self.registers.xcr0
-        if state != self._entered or lowering.is_full:
-            self._entered = state
-            if (lowering.was_valid() and not lowering.is_valid()) or lowering.is_full:
-                lowering.clear()
-                self._library.flush_blocks(self._handle)
-        lowering.give_out()
+        self._entered = self.generation, self.registers.xcr0
+        if (lowering.was_valid() and not lowering.is_valid()) or lowering.is_full:
+            lowering.clear()
+            self._library.flush_blocks(self._handle)
 
     def _first_blocks(self) -> None:
         """Run two blocks of our own, and see that blocks are reported from then on.
@@ -411,7 +411,7 @@ class UnicornEngine:
 
         def sync() -> None:
             lowering = self._lowering
-            if lowering is not None:
+            if lowering is not None and not lowering.taken_in:
                 lowering.take_in()
             if self._untrusted or control() != self._controlled:
                 self._control_changed()

@@ -66,6 +66,7 @@ class UnicornLowering:
         self._refused: set[int] = set()
         self._seen = (0, 0, 0, 0)
         self._valid = False
+        self._upper, self._lent = self.hidden.upper, self.hidden.lent
         self.taken_in = True
         """Whether the registers hold the upper halves, not hidden memory."""
 
@@ -139,12 +140,12 @@ class UnicornLowering:
         """The guest has stopped: its registers hold all its state."""
         if not self.taken_in:
             self.taken_in = True
-            self.hidden.take_in()
+            self._upper[:] = self._lent
 
     def give_out(self) -> None:
         """The guest is about to run."""
         self.taken_in = False
-        self.hidden.give_out()
+        self._lent[:] = self._upper
 
     def holds(self, linear: int) -> bool:
         """Whether the hidden pages are at this address now."""
