@@ -217,7 +217,10 @@ class DeliveredInterrupts(External):
         self._watch(pending)
         stop = self._step() if single else self._engine.enter()
         words, index = self._hflags
-        cpu.services[SHADOW] = cpu.rip if words[index] & _INHIBIT_IRQ else None
+        if words[index] & _INHIBIT_IRQ:
+            cpu.services[SHADOW] = cpu.rip
+        elif stop is not Stop.ASKED or cpu.services.get(SHADOW) != cpu.rip:
+            cpu.services[SHADOW] = None  # else it may have been stopped before it ran anything
         return stop
 
     @property
@@ -237,5 +240,6 @@ class DeliveredInterrupts(External):
         bank.write("rflags", bank.read("rflags") & ~TF | flags & TF)
         if stop is Stop.EXCEPTION and engine.vector == DB and not flags & TF:
             bank.write("dr6", status)
+            self._cpu.services[SHADOW] = None
             return Stop.ASKED
         return stop

@@ -167,6 +167,15 @@ class PhysicalMemory:
         ahead = self._starts[at] - address if at < len(self._starts) else size
         return None, min(size, ahead)
 
+    def is_memory(self, address: int, size: int, *, write: bool) -> bool:
+        """Whether ``size`` bytes are in slots; ``write``: in slots that may be written."""
+        while size > 0:
+            slot, n = self._run(address, size)
+            if slot is None or (write and slot.readonly):
+                return False
+            address, size = address + n, size - n
+        return True
+
     def read(self, address: int, size: int) -> bytes:
         """Read ``size`` bytes; raises :class:`MmioRead` where no slot and no device answers."""
         slot, n = self._run(address, size)

@@ -355,6 +355,9 @@ class AddressSpace:
         self._tables: dict[tuple[int, int], int] = {}
         self.root = frames.allocate(PAGE_SIZE)
         """Physical address of the PML4: what goes into CR3."""
+        self.only_memory = True
+        """Whether each page is in a memory slot, and what is writable not in a read-only one."""
+        memory.on_unslot.append(self._slot_removed)
 
     def map(
         self,
@@ -369,7 +372,7 @@ class AddressSpace:
         """Map pages; ``size`` is rounded up. What was mapped there before is replaced."""
         flags = PRESENT | (WRITE if write else 0) | (USER if user else 0)
         flags |= 0 if execute else NX
-        replaced = False
+        replaced = not self._still_only_memory(physical, size, write)
         pages = (size + PAGE_MASK) >> 12
         page, entry = virtual, physical | flags
         while pages > 0:
@@ -390,6 +393,17 @@ class AddressSpace:
         flags = (WRITE if write else 0) | (0 if execute else NX)
         self._update(virtual, size, lambda entry: entry & ~(WRITE | NX) | flags)
 
+    def _slot_removed(self, _slot: Slot) -> None:
+        self.only_memory = False
+        self._on_change()
+
+    def _still_only_memory(self, physical: int, size: int, write: bool) -> bool:
+        """False if a new mapping ends :attr:`only_memory`."""
+        if not self.only_memory or self._memory.is_memory(physical, size, write=write):
+            return True
+        self.only_memory = False
+        return False
+
     def _update(self, virtual: int, size: int, change: Callable[[int], int]) -> None:
         """Rewrite the entries that are present in a range."""
         end = virtual + size
@@ -401,6 +415,9 @@ class AddressSpace:
                 count = (after - page + PAGE_MASK) >> 12
                 old = self._entries(table, page, count)
                 new = array("Q", (change(entry) if entry & PRESENT else entry for entry in old))
+                for entry in new if self.only_memory else ():
+                    if entry & (PRESENT | WRITE) == PRESENT | WRITE:
+                        self._still_only_memory(entry & _ADDRESS, PAGE_SIZE, write=True)
                 self._memory.load(table + (page >> 12 & 511) * 8, new.tobytes())
             page = after
         self._on_change()

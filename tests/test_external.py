@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import threading
 import time
@@ -80,6 +81,19 @@ def guest(
         yield found
 
 
+def stop_at_every_entry(found: Machine) -> None:
+    """Half of the entries into the fast path end before an instruction has run."""
+    engine: Any = found.vm.engine
+    enter, count = engine.enter, itertools.count()
+
+    def stopped() -> Any:
+        if next(count) % 2 == 0:
+            engine.stop()
+        return enter()
+
+    engine.enter = stopped
+
+
 def run(found: Machine, timeout: float = 20) -> tuple[int, int]:
     """Run to HLT with interrupts off: how many came, and where the last returned to."""
     left: Any = found.vcpu.run(timeout)
@@ -88,6 +102,7 @@ def run(found: Machine, timeout: float = 20) -> tuple[int, int]:
     return gpr[RBX], gpr[RCX]
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["", "stopped at once"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("body", "count", "at"),
@@ -114,11 +129,13 @@ def run(found: Machine, timeout: float = 20) -> tuple[int, int]:
     ],
 )  # fmt: skip
 def test_an_interrupt_comes_between_the_right_instructions(
-    body: str, count: int, at: str, policy: str
+    body: str, count: int, at: str, policy: str, stopped: bool
 ) -> None:
     if at:
         body += "\n lea eax, [here]"
     with guest(body, policy=policy) as found:
+        if stopped:
+            stop_at_every_entry(found)
         seen, back = run(found)
         assert seen == count
         if at:

@@ -44,7 +44,8 @@ from sandbox.engine.unicorn_library import (
     x86,
 )
 from sandbox.engine.unicorn_lowering import RuleOf, UnicornLowering
-from sandbox.engine.unicorn_state import CR0_PG, UnicornBank
+from sandbox.engine.unicorn_state import CR0_PG, CR0_WP, EFER_LMA, UnicornBank
+from sandbox.engine.unicorn_stop import Stopper
 from sandbox.engine.unicorn_tlb import is_nearly_full, tlb_layout
 from sandbox.errors import EngineError
 from sandbox.exits import Exit, RunPage
@@ -61,6 +62,8 @@ _DEBUG, _BREAKPOINT = 1, 3
 _TWO_BLOCKS = b"\xeb\x00\xf4"  # jmp $+2; hlt
 FIRST_FLUSHES = 10
 FLUSH_SECONDS = 0.2
+_PAGED = CR0_PG | CR0_WP
+"""Page tables stand between the guest and each access, CPL 0's stores too."""
 
 
 class UnicornEngine:
@@ -71,6 +74,7 @@ class UnicornEngine:
         self._handle = self._library.open()
         self._library.use_model(self._handle, x86.UC_CPU_X86_ICELAKE_SERVER)
         self._library.use_no_exits(self._handle)
+        self._stopper = Stopper(self._handle)
         self._physical = physical
         self._bank = UnicornBank(self._handle)
         self.registers = self._bank.registers()
@@ -112,7 +116,7 @@ class UnicornEngine:
         self._add_hooks()
         self._prepare_start()
         self._first_blocks()
-        self._bank.on_control = self._flush
+        self._bank.on_control = self._control_written
         for slot in physical.slots:
             self._map(slot)
         physical.on_slot.append(self._map)
@@ -121,6 +125,7 @@ class UnicornEngine:
 
     def trust(self, space: AddressSpace) -> None:
         self._trusted = space
+        self._choose_stops()
 
     @property
     def _trusted_root(self) -> int | None:
@@ -378,7 +383,25 @@ class UnicornEngine:
 
     def stop(self) -> None:
         if not self._closed:
-            self._library.free.uc_emu_stop(self._handle)
+            self._stopper.stop()
+
+    @property
+    def runs_whole_blocks(self) -> bool:
+        """Whether a block, once begun, is run to its end, unless it faults."""
+        return self._stopper.between_blocks
+
+    def _choose_stops(self) -> None:
+        """See to it that blocks run as a whole, if and only if each access is to memory."""
+        space, bank = self._trusted, self._bank
+        whole = (
+            space is not None
+            and space.only_memory
+            and bank.quads[bank.cr_index + 3] == space.root
+            and bank.read("cr0") & _PAGED == _PAGED
+            and bank.read("efer") & EFER_LMA != 0
+        )
+        if self._stopper.run_whole_blocks(whole):
+            self._library.flush_blocks(self._handle)
 
     def failure(self) -> Exit | None:
         """None: Unicorn reports no bytes."""
@@ -435,8 +458,13 @@ class UnicornEngine:
         self.memory.flush()
         self.system_memory.flush()
 
+    def _control_written(self) -> None:
+        self._flush()
+        self._choose_stops()
+
     def flush_translations(self) -> None:
         self._flush()
+        self._choose_stops()
         self._bank.flush_tlb()
 
     def set_traps(

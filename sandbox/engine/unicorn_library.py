@@ -33,7 +33,9 @@ UC_ERR_EXCEPTION = 21
 
 UC_HOOK_INTR = 1 << 0
 UC_HOOK_CODE = 1 << 2
+UC_HOOK_BLOCK = 1 << 3
 UC_HOOK_MEM_INVALID = 0b111111 << 4
+UC_HOOK_MEM_WRITE = 1 << 11
 UC_HOOK_EDGE_GENERATED = 1 << 15
 
 UC_PROT_ALL = 7
@@ -49,6 +51,9 @@ instructions, size."""
 EdgeCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 """The first two of its arguments, the engine and the new block: the others are not looked at, and
 to take them would cost something for each block."""
+BlockCallback = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p
+)
 InterruptCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 MemoryCallback = ctypes.CFUNCTYPE(
     ctypes.c_bool,

@@ -20,7 +20,7 @@ from sandbox.registers import (
     X87View,
 )
 
-CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_PG = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 31
+CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_WP, CR0_PG = (1 << bit for bit in (0, 1, 2, 3, 16, 31))
 CR4_OSFXSR = 1 << 9
 EFER_LMA = 1 << 10
 _FLAG_VM = 1 << 17
