@@ -78,6 +78,10 @@ class Bank(Protocol):
     def segment_base(self, index: int) -> int: ...
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True, slots=True)
 class X87View:
     """The x87 unit in place: items of one each, and eight by physical number."""
@@ -177,8 +181,19 @@ class Registers:
         """MXCSR as one 32-bit item, if the engine can show it so: to be read only."""
         self.images = tuple(v.cast("B") for v in (gpr, rip, vectors, self.opmask))
         """The state that a transaction saves and restores, as bytes: at least this much."""
-        self.xcr0 = 1
+        self._xcr0 = 1
+        self.on_xcr0: Callable[[], None] = _nothing
+        """Called after a write of XCR0."""
         self.pkru = 0
+
+    @property
+    def xcr0(self) -> int:
+        return self._xcr0
+
+    @xcr0.setter
+    def xcr0(self, value: int) -> None:
+        self._xcr0 = value
+        self.on_xcr0()
 
     @property
     def rip(self) -> int:

@@ -11,7 +11,7 @@ from sandbox import events
 from sandbox.cpu import DB, ERROR_CODE_VECTORS, PF_, UD, Cpu, Fault
 from sandbox.decode import Insn
 from sandbox.devices import answer
-from sandbox.engine.protocol import Engine, Stop
+from sandbox.engine.protocol import Engine, Entry, Stop
 from sandbox.errors import SandboxError
 from sandbox.exits import (
     EmulationFailure,
@@ -80,6 +80,7 @@ class Vcpu:
         self.external: External | None = None
         """The way of external interrupts, if the machine has them."""
         self._trapped = self._bind_trapped()
+        self._entry = engine.entry
 
     # -- what the user calls ----------------------------------------------------------------------
 
@@ -165,16 +166,17 @@ class Vcpu:
         left = self._complete()
         if left is None and self._asked:
             left = self._look_up()
-        enter = self.engine.enter if self.external is None else self.external.enter
-        trapped, insn = self._trapped, Stop.INSN
+        external = self.external
+        self._entry = entry = self.engine.entry if external is None else Entry.of(external.enter)
+        enter, trap, trapped = entry.enter, entry.trapped, self._trapped
         clock = time.perf_counter
         slow, stops, weight, untimed = 0.0, 0, 1, range(0)
         start = clock()
         try:
             while left is None:
-                stop = enter()
+                code = enter()
                 middle = clock()
-                left = trapped() if stop is insn else self._stopped(stop)
+                left = trapped() if code == trap else self._stopped(code)
                 slow += (clock() - middle) * weight
                 stops += 1
                 if stops == TIMED:
@@ -182,8 +184,8 @@ class Vcpu:
                 for _ in untimed:
                     if left is not None:
                         break
-                    stop = enter()
-                    left = trapped() if stop is insn else self._stopped(stop)
+                    code = enter()
+                    left = trapped() if code == trap else self._stopped(code)
         finally:
             self.stats.fast_seconds += clock() - start - slow
             self.stats.fallback_seconds += slow
@@ -215,7 +217,7 @@ class Vcpu:
 
     def _bind_trapped(self) -> Callable[[], Any]:
         """Compile the handling of trapped instructions: what it needs is looked up once a run."""
-        sync, engine, look = self.engine.sync, self.engine, self._sites.look
+        engine, look = self.engine, self._sites.look
         rip_view, sites = self.registers.rip_view, self._sites.by_rip
         flags_view, stepping = self.registers.rflags_view, TF
         not_trapped, traps_ahead = self._sites.not_trapped, self._sites.traps_ahead
@@ -224,7 +226,6 @@ class Vcpu:
 
         def trapped() -> Any:
             """Handle the instruction at RIP, and those after it as long as they are trapped."""
-            sync()
             first = True
             rip = rip_view[0]
             while True:
@@ -349,8 +350,14 @@ class Vcpu:
             return self._deliver_exit(Intr())
         return None
 
-    def _stopped(self, stop: Stop) -> Any:
-        """Anything but a trapped instruction."""
+    def _stopped(self, code: int) -> Any:
+        """Anything but a trap and nothing else."""
+        stop = self._entry.classify(code)
+        if stop is None:
+            return None
+        if stop is Stop.INSN:
+            self.engine.sync()
+            return self._trapped()
         if stop is Stop.ASKED:
             self.engine.tick()
             return self._look_up() if self._asked else None
@@ -360,8 +367,8 @@ class Vcpu:
         if stop is Stop.EXCEPTION:
             engine = self.engine
             address = self.registers.bank.read("cr2") if engine.vector == PF_ else None
-            code = engine.error_code if engine.vector in ERROR_CODE_VECTORS else None
-            return self._inject(self._corrected(Fault(engine.vector, code, address)))
+            error = engine.error_code if engine.vector in ERROR_CODE_VECTORS else None
+            return self._inject(self._corrected(Fault(engine.vector, error, address)))
         if stop is Stop.MMIO:
             return self._emulate()
         return self._fetch_failure()

@@ -32,7 +32,7 @@ from sandbox.engine.kvm_device import (
 from sandbox.engine.kvm_irqchip import Irqchip
 from sandbox.engine.kvm_state import KvmBank
 from sandbox.engine.kvm_trampoline import Trampoline
-from sandbox.engine.protocol import Stop
+from sandbox.engine.protocol import Entry, Stop
 from sandbox.errors import EngineError
 from sandbox.exits import EmulationFailure, Exit, Hlt, RunPage, read_exit
 from sandbox.lowering import Lowering
@@ -148,6 +148,10 @@ class KvmEngine:
             self._set_region(slot, number, slot.size)
 
     # -- running ------------------------------------------------------------------------------
+
+    @property
+    def entry(self) -> Entry:
+        return Entry.of(self.enter)
 
     def enter(self) -> Stop:
         if self._model is not None:

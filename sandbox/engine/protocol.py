@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from sandbox.decode import Insn
 from sandbox.exits import Exit, RunPage
@@ -29,6 +30,26 @@ class Stop(IntEnum):
     """:meth:`Engine.stop` was called."""
     EXIT = 5
     """An exit that the engine itself made: see ``left``; it stands in ``page`` already."""
+
+
+NEVER: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """:meth:`Engine.enter` in two steps, for a loop that has to be fast."""
+
+    enter: Callable[[], int]
+    """Runs from RIP."""
+    trapped: int
+    """What ``enter`` returns for ``Stop.INSN`` if :meth:`Engine.sync` would do nothing."""
+    classify: Callable[[int], Stop | None]
+    """What something else means; None: enter again."""
+
+    @staticmethod
+    def of(enter: Callable[[], Stop]) -> Entry:
+        """In one step."""
+        return Entry(enter, NEVER, Stop)
 
 
 class EngineBank(Bank, Protocol):
@@ -64,6 +85,9 @@ class Engine(Protocol):
     def enter(self) -> Stop:
         """Run from RIP; no other method but :meth:`stop` may be called meanwhile."""
         ...
+
+    @property
+    def entry(self) -> Entry: ...
 
     def stop(self) -> None:
         """Make :meth:`enter` come back soon; may be called from any thread."""

@@ -22,7 +22,8 @@ from sandbox.engine.allowlist import Allowlist, Patch
 from sandbox.engine.hidden import Place
 from sandbox.engine.patched import PatchedBlocks
 from sandbox.engine.plain import EXPECTED
-from sandbox.engine.protocol import Stop
+from sandbox.engine.protocol import Entry, Stop
+from sandbox.engine.unicorn_entry import DUE, ERRORS, TRAPPED, UnicornEntry
 from sandbox.engine.unicorn_layout import state_address
 from sandbox.engine.unicorn_library import (
     TRANSLATION_BLOCK,
@@ -95,8 +96,10 @@ class UnicornEngine:
         self._applied: Patch | None = None
         self._exception = -1
         self._failure: BaseException | None = None
-        self._control = self._bank.control_view
+        self._entry = UnicornEntry(self._handle, self._bank)
+        self._control = self._entry.control
         self._controlled = b""
+        self.registers.on_xcr0 = self._xcr0_written
         self.sync = self._make_sync()
         self._untrusted = False
         """Whether the guest runs under page tables that it may change without our knowing."""
@@ -105,8 +108,6 @@ class UnicornEngine:
         self._fresh = self._stepped = -1
         """Address of the block that is about to be, or was last, translated from a flushed TLB."""
         self._stepping = False
-        self._entered = (0, 0)
-        """Generation and XCR0 at the last entry with lowered code."""
         self._patched = PatchedBlocks()
         self._rule: RuleOf | None = None
         self._count_lowered = False
@@ -114,7 +115,6 @@ class UnicornEngine:
         self._next_flush = 0.0
         self._closed = False
         self._add_hooks()
-        self._prepare_start()
         self._first_blocks()
         self._bank.on_control = self._control_written
         for slot in physical.slots:
@@ -159,46 +159,23 @@ class UnicornEngine:
             )
             self._library.check(error, "uc_hook_add")
 
-    def _prepare_start(self) -> None:
-        """Arguments made once: converting them would cost more than the call.
+    @property
+    def entry(self) -> Entry:
+        return Entry(self._entry.enter, TRAPPED, self._classify)
 
-        The address to start at is RIP itself, passed from where Unicorn keeps it. The others (no
-        end, timeout or count) are 0, and None is the 0 of 64 bits that ctypes is quickest with.
-        """
-        self._start = self._library.free.uc_emu_start
-        self._start_arguments = (
-            self._handle,
-            self._bank.rip_argument,
-            None,
-            None,
-            None,
-        )
-        self.enter = self._make_enter()
+    def enter(self) -> Stop:
+        while True:
+            code = self._entry.enter()
+            stop = Stop.INSN if code == TRAPPED else self._classify(code)
+            if stop is not None:
+                return stop
 
-    def _make_enter(self) -> Callable[[], Stop]:
-        start, classify, insn = self._start, self._classify, Stop.INSN
-        handle, rip, until, timeout, count = self._start_arguments
-        registers = self.registers
-
-        def enter() -> Stop:
-            lowering = self._lowering
-            if lowering is not None and lowering.taken_in:
-                if self._entered != (self.generation, registers.xcr0) or lowering.is_full:
-                    self._revise(lowering)
-                lowering.give_out()
-            while True:
-                error = start(handle, rip, until, timeout, count)
-                if error == UC_ERR_INSN_INVALID and self._applied is None:
-                    return insn
-                stop = classify(error)
-                if stop is not None:
-                    return stop
-
-        return enter
-
-    def _revise(self, lowering: UnicornLowering) -> None:
+    def _revise(self) -> None:
         """Bring lowered code in line with what the machine did while the guest was stopped."""
-        self._entered = self.generation, self.registers.xcr0
+        lowering = self._lowering
+        self._entry.due = False
+        if lowering is None:
+            return
         if (lowering.was_valid() and not lowering.is_valid()) or lowering.is_full:
             lowering.clear()
             self._library.flush_blocks(self._handle)
@@ -222,7 +199,7 @@ class UnicornEngine:
         for _round in range(2):
             self._reported.clear()
             self.registers.rip = page
-            check(self._start(*self._start_arguments), "uc_emu_start")
+            check(self._entry.start(), "uc_emu_start")
             self._library.flush_blocks(self._handle)
         if self._reported != [page, page + 2]:
             raise EngineError("this build of Unicorn does not report the blocks it translates")
@@ -250,8 +227,14 @@ class UnicornEngine:
 
     # -- running ------------------------------------------------------------------------------
 
-    def _classify(self, error: int) -> Stop | None:
+    def _classify(self, code: int) -> Stop | None:
         """What a stop other than the plain trap means; None: go on."""
+        if code & DUE:
+            self._revise()
+            return None
+        error = code & ERRORS
+        if error == UC_ERR_INSN_INVALID and self._applied is None:
+            return Stop.INSN
         if self._applied is not None:
             self._restore()
         if self._failure is not None:
@@ -261,6 +244,7 @@ class UnicornEngine:
         if lowering is not None:
             done = lowering.bailed()
             if done is not None:
+                self._entry.due |= lowering.is_full
                 return None if done else Stop.INSN
             place = lowering.place(self.registers.rip)
             if place:
@@ -314,7 +298,9 @@ class UnicornEngine:
         flags, status = bank.read("rflags"), bank.read("dr6")
         while True:
             bank.write("rflags", bank.read("rflags") | TF)
-            error = self._start(*self._start_arguments)
+            due, self._entry.due = self._entry.due, False  # not yet: the guest is in hidden code
+            error = self._entry.enter() & ERRORS
+            self._entry.due = due
             bank.write("rflags", bank.read("rflags") & ~TF | flags & TF)
             place = lowering.place(self.registers.rip)
             if self._exception == _DEBUG:
@@ -430,33 +416,36 @@ class UnicornEngine:
                 self._bank.flush_tlb()
 
     def _make_sync(self) -> Callable[[], None]:
-        control = self._control.tobytes
+        control, saved = self._control.tobytes, self._entry.saved.tobytes
 
         def sync() -> None:
-            lowering = self._lowering
-            if lowering is not None and not lowering.taken_in:
-                lowering.take_in()
-            if self._untrusted or control() != self._controlled:
+            if self._untrusted or control() != saved():
                 self._control_changed()
 
         return sync
 
-    def _look_at_control(self) -> None:
-        if self._untrusted or self._control.tobytes() != self._controlled:
-            self._control_changed()
-
     def _control_changed(self) -> None:
+        self._entry.saved[:] = self._control
         self._controlled = self._control.tobytes()
         quads, cr = self._bank.quads, self._bank.cr_index
         self._untrusted = quads[cr] & CR0_PG != 0 and quads[cr + 3] != self._trusted_root
+        self._note()
         self._flush()
+
+    def _note(self) -> None:
+        """A patch in place and page tables that may have changed are to be seen to at each stop."""
+        self._entry.notice = self._applied is not None or self._untrusted
 
     def _flush(self) -> None:
         self._none_in_flight()  # Unicorn itself may have faulted, looking for the blocks of a page
         self.generation += 1
+        self._entry.due = self._lowering is not None
         self._plain.forget()
         self.memory.flush()
         self.system_memory.flush()
+
+    def _xcr0_written(self) -> None:
+        self._entry.due = self._lowering is not None
 
     def _control_written(self) -> None:
         self._flush()
@@ -570,7 +559,7 @@ class UnicornEngine:
         new block of such a guest is translated a second time, from a flushed TLB. A store into its
         own block is excepted: Unicorn then translates that instruction alone, once, to run it.
         """
-        self._look_at_control()
+        self.sync()
         if not self._untrusted:
             return False
         fresh, self._fresh = self._fresh, -1
@@ -603,6 +592,7 @@ class UnicornEngine:
         assert patch is not None
         if self._rule is not None:
             patch = self._applied = self._lower(patch, self._rule)
+        self._note()
         patch.apply()
         end = max(patch.block + patch.size, patch.linear + len(patch.trap))
         byte = self._patched.own_byte(patch.block, patch.block + patch.size, end)
@@ -618,8 +608,10 @@ class UnicornEngine:
                 self._bank, self.registers, self._physical, self._trusted, rule, self.traps,
                 counted=self._count_lowered,
             )  # fmt: skip
-            lowering.give_out()
-        return lowering.patch(patch)
+            self._entry.lend(lowering.hidden.upper, lowering.hidden.lent)
+        lowered = lowering.patch(patch)
+        self._entry.due |= lowering.is_full
+        return lowered
 
     def _has_rule(self, patch: Patch, rule: RuleOf) -> bool:
         """Whether the trapped instruction may be lowered: until one is, nothing is made ready."""
@@ -634,6 +626,7 @@ class UnicornEngine:
     def _restore(self) -> None:
         patch, self._applied = self._applied, None
         assert patch is not None
+        self._note()
         patch.restore()
 
     def _code_written(self, physical: int, size: int) -> None:

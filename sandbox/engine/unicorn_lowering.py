@@ -66,9 +66,6 @@ class UnicornLowering:
         self._refused: set[int] = set()
         self._seen = (0, 0, 0, 0)
         self._valid = False
-        self._upper, self._lent = self.hidden.upper, self.hidden.lent
-        self.taken_in = True
-        """Whether the registers hold the upper halves, not hidden memory."""
 
     def _is_for_host(self, insn: Insn) -> bool:
         """Whether a trapped instruction may be done by the host: a policy that traps even a NOP
@@ -135,17 +132,6 @@ class UnicornLowering:
     def was_valid(self) -> bool:
         """What :meth:`is_valid` said last."""
         return self._valid
-
-    def take_in(self) -> None:
-        """The guest has stopped: its registers hold all its state."""
-        if not self.taken_in:
-            self.taken_in = True
-            self._upper[:] = self._lent
-
-    def give_out(self) -> None:
-        """The guest is about to run."""
-        self.taken_in = False
-        self._lent[:] = self._upper
 
     def holds(self, linear: int) -> bool:
         """Whether the hidden pages are at this address now."""
