@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sandbox.boot import Machine
+from sandbox.engine import unicorn_entry, unicorn_stop
 from sandbox.engine.unicorn import UnicornEngine
 from sandbox.exits import Mmio
 from tests.guest import machine, run_to_hlt
@@ -80,6 +81,15 @@ def runs_whole_blocks(found: Machine) -> bool:
     return engine.runs_whole_blocks
 
 
+@pytest.fixture(params=["machine code", "Python"])
+def entry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts that let us make code, and others."""
+    if request.param == "Python":
+        for module in (unicorn_entry, unicorn_stop):
+            monkeypatch.setattr(module, "executable_page", lambda _code=b"": None)
+
+
+@pytest.mark.usefixtures("entry")
 @pytest.mark.parametrize("mode", ["long", "protected", "long, with a device"])
 def test_nothing_is_done_twice(mode: str) -> None:
     with machine(program(), "protected" if mode == "protected" else "long") as found:

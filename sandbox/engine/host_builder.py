@@ -21,6 +21,7 @@ from sandbox.engine.host_operands import (
 )
 from sandbox.engine.host_run import HostInsn, HostRun
 from sandbox.engine.host_x87 import x87_on_host
+from sandbox.engine.machine_code import function_address
 from sandbox.engine.unicorn_layout import layout, state_address
 from sandbox.engine.unicorn_library import UC_HOOK_CODE, library
 from sandbox.engine.unicorn_tlb import tlb_layout
@@ -67,7 +68,7 @@ class HostBuilder:
         tlb = tlb_layout()
         if tlb is None:
             return None
-        stop = ctypes.cast(library().call.uc_emu_stop, ctypes.c_void_p).value or 0
+        stop = function_address(library().call.uc_emu_stop)
         where = Where(layout(), tlb, state_address(handle), handle.value or 0, stop)
         try:
             return HostBuilder(handle, hidden, where, traps, wanted)

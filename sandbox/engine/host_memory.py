@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from dataclasses import dataclass
 from typing import Final
 
 from sandbox.engine import host_code as hc
 from sandbox.engine.hidden import HOST_ENTRIES, PER_PAGE, HiddenMemory
+from sandbox.engine.machine_code import address_of
 from sandbox.engine.unicorn_layout import Layout
 from sandbox.engine.unicorn_tlb import TlbLayout
 
@@ -45,8 +45,8 @@ class HostMemory:
         self._words = mmap.mmap(-1, _WORDS_BYTES)
         self._offsets = mmap.mmap(-1, 4 * HOST_ENTRIES)
         self.words = memoryview(self._words).cast("Q")
-        self.words_address, self.offsets_address = map(_address, (self._words, self._offsets))
-        self.entry = _address(self._code)
+        self.words_address, self.offsets_address = map(address_of, (self._words, self._offsets))
+        self.entry = address_of(self._code)
         """Host address of what Unicorn is to call."""
         entry = hc.dispatcher(
             hidden.host_base, HOST_ENTRIES, hidden.code_host - hidden.linear, where.state,
@@ -117,10 +117,6 @@ class HostMemory:
 
 
 _EXEC: Final = mmap.PROT_EXEC
-
-
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _pack(*words: int) -> bytes:

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final
 
+from sandbox.engine.machine_code import address_of, executable_page, function_address
 from sandbox.engine.unicorn_layout import Guest, Prober, layout
 from sandbox.engine.unicorn_library import (
     UC_HOOK_BLOCK,
@@ -107,8 +107,7 @@ class Stopper:
         self._lock = threading.RLock()
         self._note = mmap.mmap(-1, mmap.PAGESIZE)
         self._words = memoryview(self._note).cast("Q")
-        self._words[1] = ctypes.cast(self._library.call.uc_emu_stop, ctypes.c_void_p).value or 0
-        self._code: mmap.mmap | None = None
+        self._words[1] = function_address(self._library.call.uc_emu_stop)
         self._callback = self._make_callback()
         self._hook = ctypes.c_size_t()
         offset = no_exit_request()
@@ -121,15 +120,10 @@ class Stopper:
 
     def _make_callback(self) -> Any:
         """What reads the note: a few bytes of the host's code, which cost a nanosecond a block."""
-        if platform.machine() == "x86_64":
-            rights = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-            try:
-                self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=rights)
-            except PermissionError:  # a kernel that lets nobody make code
-                return BlockCallback(self._read_note)
-            self._code[: len(_READ_NOTE)] = _READ_NOTE
-            return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self._code)))
-        return BlockCallback(self._read_note)
+        self._code = executable_page(_READ_NOTE)
+        if self._code is None:
+            return BlockCallback(self._read_note)
+        return ctypes.c_void_p(address_of(self._code))
 
     def _read_note(self, handle: int, *_block: int) -> None:
         if self._words[0]:
@@ -137,7 +131,7 @@ class Stopper:
             self._library.call.uc_emu_stop(ctypes.c_void_p(handle))
 
     def _add_hook(self) -> None:
-        note = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(self._note)))
+        note = ctypes.c_void_p(address_of(self._note))
         everywhere = ctypes.c_uint64(1), ctypes.c_uint64(0)
         error = self._library.call.uc_hook_add(
             self._handle, ctypes.byref(self._hook), UC_HOOK_BLOCK, self._callback, note, *everywhere
