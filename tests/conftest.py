@@ -13,7 +13,7 @@ from sandbox.engine.host_operands import host_features
 
 @pytest.fixture(scope="module", params=("host runs", "sequences"))
 def lowering_mode(request: pytest.FixtureRequest) -> Iterator[str]:
-    """How trapped instructions are lowered: by the host's CPU, or as if no machine code could be made."""
+    """How trapped instructions are lowered: by the host's CPU, or as if we could make no code."""
     if request.param == "host runs":
         if not host_features() >= {"avx", "avx2"}:
             pytest.skip("the host's CPU has no AVX2")
