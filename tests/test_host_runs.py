@@ -213,7 +213,7 @@ def test_a_guest_that_writes_into_the_state_page_harms_but_itself(
         registers = found.vcpu.registers
         registers.gpr[RDI] = 0x20_0000
         found.vcpu.run(5)
-        made = cast(UnicornEngine, found.vm.engine)._lowering
+        made = cast(UnicornEngine, found.vm.engine)._blocks.lowering
         assert made is not None
         registers.gpr[RDI], registers.gpr[RCX] = made.hidden.state + offset, value
         registers.gpr[RSI], registers.gpr[RDX] = 0x6000_0000, 0x20_0000

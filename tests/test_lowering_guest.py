@@ -66,7 +66,7 @@ def engine(found: Machine) -> UnicornEngine:
 
 
 def lowering(found: Machine) -> UnicornLowering:
-    made = engine(found)._lowering
+    made = engine(found)._blocks.lowering
     assert made is not None
     return made
 

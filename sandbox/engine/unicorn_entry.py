@@ -21,9 +21,9 @@ TRAPPED: Final = UC_ERR_INSN_INVALID
 """What :attr:`UnicornEntry.enter` returns at a trapped instruction, if nothing else is the case."""
 ERRORS: Final = 0xFF
 """Bits of what it returns: UC_ERR_*."""
-DUE, NOTICED, CHANGED = 1 << 8, 1 << 9, 1 << 10
-"""More bits: the guest was not entered, since something is due; the engine has set ``notice``;
-hflags, segments or control registers are not what they were."""
+DUE, PATCHED, UNTRUSTED, CHANGED = 1 << 8, 1 << 9, 1 << 10, 1 << 11
+"""More bits: the guest was not entered, since something is due; a patch is in place; page tables
+may have changed; hflags, segments or control registers are not what they were."""
 _DUE, _NOTICE, _SAVED = 0, 1, 2
 """Indices of words of 8 bytes; the last is where the saved control registers begin."""
 _BLOCK: Final = 16
@@ -70,13 +70,25 @@ class UnicornEntry:
         self._words[_DUE] = DUE if value else 0
 
     @property
-    def notice(self) -> bool:
-        """Whether a trap is not all there is to see to."""
-        return self._words[_NOTICE] != 0
+    def patched(self) -> bool:
+        """Whether the guest's code is not its own now."""
+        return self._words[_NOTICE] & PATCHED != 0
 
-    @notice.setter
-    def notice(self, value: bool) -> None:
-        self._words[_NOTICE] = NOTICED if value else 0
+    @patched.setter
+    def patched(self, value: bool) -> None:
+        self._note(PATCHED, value)
+
+    @property
+    def untrusted(self) -> bool:
+        """Whether the guest may have changed its page tables without our knowing."""
+        return self._words[_NOTICE] & UNTRUSTED != 0
+
+    @untrusted.setter
+    def untrusted(self, value: bool) -> None:
+        self._note(UNTRUSTED, value)
+
+    def _note(self, bit: int, value: bool) -> None:
+        self._words[_NOTICE] = self._words[_NOTICE] & ~bit | (bit if value else 0)
 
     def lend(self, upper: Any, lent: Any) -> None:
         """Have the upper halves of YMM0-15 copied at each entry from ``upper`` to ``lent``, at each
