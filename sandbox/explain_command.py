@@ -15,9 +15,9 @@ from sandbox.engine.misread import MISREAD
 from sandbox.engine.unicorn_lowering import NOP
 from sandbox.errors import SandboxError
 from sandbox.explain import explain, parse_hex, table
-from sandbox.fallback import Tier
+from sandbox.fallback import Tier, lowering_of
 from sandbox.intercepts import Intercepts
-from sandbox.lowering import can_lower, lowering_of
+from sandbox.lowering import can_lower
 from sandbox.policy import operand_kind
 from sandbox.run import BITNESS, make_vm
 from sandbox.settings import Settings

@@ -18,6 +18,7 @@ from sandbox.cpu import Cpu
 from sandbox.decode import FORM_NAMES, MNEMONIC_NAMES, DecodeError, Insn, decode
 from sandbox.errors import HandlerError, HandlerTimeoutError
 from sandbox.handler import Action, Decline, Handler, Pack, Verdict
+from sandbox.lowering import Lowering
 
 
 class HandlerTimeout(BaseException):
@@ -38,6 +39,13 @@ def timeout_error(handlers: tuple[Handler, ...], insn: Insn) -> HandlerTimeoutEr
     names = " or ".join(handler.name for handler in handlers)
     what = f"'{insn.text()}' ({insn.raw.hex(' ')})"
     return HandlerTimeoutError(f"handler {names} was still running on {what} after the timeout")
+
+
+def lowering_of(handler: Handler, insn: Insn, *, host: bool) -> Lowering | None:
+    """How ``insn`` may be done without ``handler``, which emulates it. ``host``: whether the host's
+    CPU may be used at all."""
+    rule, on_host = handler.lowering(insn), host and handler.on_host(insn)
+    return Lowering(rule, on_host) if rule is not None or on_host else None
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from iced_x86 import (
     Code,
@@ -38,9 +38,6 @@ from iced_x86 import (
 )
 
 from sandbox.decode import Insn, decode
-
-if TYPE_CHECKING:
-    from sandbox.handler import Handler
 
 UPPER_OFFSET: Final = 0
 """Upper halves of YMM0-15, 16 bytes each, in the state page."""
@@ -69,13 +66,6 @@ class Lowering:
 
     rule: Rule | None
     on_host: bool = False
-
-
-def lowering_of(handler: Handler, insn: Insn, *, host: bool) -> Lowering | None:
-    """How ``insn`` may be done without ``handler``, which emulates it. ``host``: whether the host's
-    CPU may be used at all."""
-    rule, on_host = handler.lowering(insn), host and handler.on_host(insn)
-    return Lowering(rule, on_host) if rule is not None or on_host else None
 
 
 class NotLoweredError(Exception):

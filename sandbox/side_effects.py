@@ -29,7 +29,8 @@ from typing import Final
 from sandbox.cpu import Fault
 from sandbox.decode import FORM_NAMES, MAX_LENGTH, Insn
 from sandbox.engine.protocol import Engine
-from sandbox.lowering import Lowering, lowering_of
+from sandbox.fallback import lowering_of
+from sandbox.lowering import Lowering
 from sandbox.memory import PAGE_SIZE, MmioRead
 from sandbox.policy import ALLOW, ASK, TRAP, operand_kind
 from sandbox.registers import CS
