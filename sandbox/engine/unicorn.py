@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from sandbox.cpu import PF_, Fault
-from sandbox.decode import MAX_LENGTH, DecodeError, Insn, decode
+from sandbox.decode import MAX_LENGTH, DecodeError, decode
 from sandbox.engine.hidden import Place
 from sandbox.engine.protocol import Entry, Stop
 from sandbox.engine.unicorn_blocks import Blocks
@@ -37,7 +37,7 @@ from sandbox.engine.unicorn_library import (
     library,
     x86,
 )
-from sandbox.engine.unicorn_lowering import RuleOf, UnicornLowering
+from sandbox.engine.unicorn_lowering import UnicornLowering
 from sandbox.engine.unicorn_state import UnicornBank
 from sandbox.engine.unicorn_stop import Stopper
 from sandbox.engine.unicorn_tlb import is_nearly_full, tlb_layout
@@ -82,6 +82,8 @@ class UnicornEngine:
             self._bank, self.registers, physical, self.memory, self.system_memory, self._entry,
             self._control,
         )  # fmt: skip
+        self.set_traps, self.lowers = self._blocks.set_traps, self._blocks.lowers
+        self.traps = self._blocks.allowlist.traps
         self.registers.on_xcr0 = self._xcr0_written
         self._stepping = False
         self._flushes = 0
@@ -189,7 +191,7 @@ class UnicornEngine:
             return self._failed_fetch(stop) if early else stop
         if error == UC_ERR_INSN_INVALID:
             return Stop.INSN
-        if blocks.changed():
+        if blocks.retranslate():
             return None
         if blocks.has_strayed():
             return Stop.FETCH
@@ -303,7 +305,7 @@ class UnicornEngine:
     @property
     def runs_whole_blocks(self) -> bool:
         """Whether a block, once begun, is run to its end, unless it faults."""
-        return self._stopper.between_blocks
+        return self._stopper.whole_blocks
 
     def _choose_stops(self) -> None:
         """See to it that blocks run as a whole, if and only if each access is to memory."""
@@ -356,27 +358,10 @@ class UnicornEngine:
         self._choose_stops()
         self._bank.flush_tlb()
 
-    def set_traps(
-        self,
-        traps: bytes,
-        traps_insn: Callable[[Insn], bool] | None = None,
-        lowered: RuleOf | None = None,
-        *,
-        count: bool = False,
-    ) -> None:
-        self._blocks.set_traps(traps, traps_insn, lowered, count=count)
-
-    def lowers(self, insn: Insn) -> bool:
-        return self._blocks.lowers(insn)
-
     def lowered(self) -> tuple[Counter[str], Counter[str]]:
         lowering = self._blocks.lowering
         runs = lowering and lowering.runs
         return (runs.sites(), runs.executions()) if runs else (Counter(), Counter())
-
-    def traps(self, insn: Insn) -> bool:
-        """Whether ``insn`` would be trapped, going by its form and its bytes."""
-        return self._blocks.allowlist.traps(insn)
 
     def close(self) -> None:
         """Free the engine; it must not be running."""

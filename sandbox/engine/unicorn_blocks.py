@@ -18,7 +18,7 @@ from sandbox.engine.allowlist import Allowlist, Patch
 from sandbox.engine.patched import PatchedBlocks
 from sandbox.engine.plain import EXPECTED
 from sandbox.engine.unicorn_control import Control
-from sandbox.engine.unicorn_entry import UnicornEntry
+from sandbox.engine.unicorn_entry import PATCHED, UnicornEntry
 from sandbox.engine.unicorn_library import (
     TRANSLATION_BLOCK,
     UC_ERR_OK,
@@ -113,6 +113,7 @@ class Blocks:
         *,
         count: bool = False,
     ) -> None:
+        """See :meth:`sandbox.engine.protocol.Engine.set_traps`."""
         self.allowlist.set_traps(traps, traps_insn)
         self._rule, self._count_lowered = lowered, count
         if self.lowering is not None:
@@ -211,8 +212,8 @@ class Blocks:
         self.strayed = None
         return True
 
-    def changed(self) -> bool:
-        """Whether the guest was stopped for a block that is now to be translated anew."""
+    def retranslate(self) -> bool:
+        """Have the block translated anew for which the guest was stopped; False if for none."""
         if self.patch is not None:
             self._apply()
         elif self.stale is not None:
@@ -239,7 +240,7 @@ class Blocks:
         assert patch is not None
         if self._rule is not None:
             patch = self.applied = self._lower(patch, self._rule)
-        self._entry.patched = True
+        self._entry.note(PATCHED, True)
         patch.apply()
         end = max(patch.block + patch.size, patch.linear + len(patch.trap))
         byte = self._patched.own_byte(patch.block, patch.block + patch.size, end)
@@ -274,7 +275,7 @@ class Blocks:
         """Give the guest its own bytes back."""
         patch, self.applied = self.applied, None
         assert patch is not None
-        self._entry.patched = False
+        self._entry.note(PATCHED, False)
         patch.restore()
 
     def code_written(self, physical: int, size: int) -> None:

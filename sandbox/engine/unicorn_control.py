@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from sandbox.engine.unicorn_entry import UnicornEntry
+from sandbox.engine.unicorn_entry import UNTRUSTED, UnicornEntry
 from sandbox.engine.unicorn_state import CR0_PG, CR0_WP, EFER_LMA, UnicornBank
 from sandbox.paging import AddressSpace
 
@@ -50,7 +50,7 @@ class Control:
         self._entry.saved[:] = self.view
         self.known = self.view.tobytes()
         self.untrusted = self._cr(0) & CR0_PG != 0 and not self.is_trusted
-        self._entry.untrusted = self.untrusted
+        self._entry.note(UNTRUSTED, self.untrusted)
         self._on_change()
 
     def _cr(self, number: int) -> int:

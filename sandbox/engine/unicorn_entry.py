@@ -69,25 +69,8 @@ class UnicornEntry:
     def due(self, value: bool) -> None:
         self._words[_DUE] = DUE if value else 0
 
-    @property
-    def patched(self) -> bool:
-        """Whether the guest's code is not its own now."""
-        return self._words[_NOTICE] & PATCHED != 0
-
-    @patched.setter
-    def patched(self, value: bool) -> None:
-        self._note(PATCHED, value)
-
-    @property
-    def untrusted(self) -> bool:
-        """Whether the guest may have changed its page tables without our knowing."""
-        return self._words[_NOTICE] & UNTRUSTED != 0
-
-    @untrusted.setter
-    def untrusted(self, value: bool) -> None:
-        self._note(UNTRUSTED, value)
-
-    def _note(self, bit: int, value: bool) -> None:
+    def note(self, bit: int, value: bool) -> None:
+        """Set PATCHED or UNTRUSTED in what :attr:`enter` returns, or clear it."""
         self._words[_NOTICE] = self._words[_NOTICE] & ~bit | (bit if value else 0)
 
     def lend(self, upper: Any, lent: Any) -> None:

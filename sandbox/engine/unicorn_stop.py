@@ -114,7 +114,7 @@ class Stopper:
         self._flag: ctypes.c_uint8 | None = None
         if offset is not None:
             self._flag = ctypes.c_uint8.from_address((handle.value or 0) + offset)
-        self.between_blocks = False
+        self.whole_blocks = False
         """Whether blocks run as a whole."""
         self._add_hook()
 
@@ -145,11 +145,11 @@ class Stopper:
         Only right where each access is to memory, or faults.
         """
         wanted = wanted and self._flag is not None
-        if wanted == self.between_blocks:
+        if wanted == self.whole_blocks:
             return False
         assert self._flag is not None
         with self._lock:
-            self.between_blocks = wanted
+            self.whole_blocks = wanted
             self._flag.value = wanted
             if wanted:
                 self._words[0] = 0
@@ -163,7 +163,7 @@ class Stopper:
     def stop(self) -> None:
         """Make the engine come back at the start of a block; any thread may call this."""
         with self._lock:
-            if self.between_blocks:
+            if self.whole_blocks:
                 self._library.call.uc_emu_stop(self._handle)
             else:
                 self._words[0] = 1
